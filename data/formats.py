@@ -264,7 +264,7 @@ def _tools_and_variables(row: Mapping[str, Any]) -> tuple[tuple[dict[str, Any], 
     """The tools of a row, which may lie among its template's variables, and the other variables.
 
     Raises:
-        UnusableRow: it has tools in both places, or what is none of either.
+        UnusableRow: it has different tools in both places, or what is none of either.
     """
     tools, variables = read_tools(row), _variables(row)
     inner = read_tools({"tools": variables.pop("tools", None)})

@@ -17,7 +17,7 @@ from typing import Any
 
 from draftsmith import provenance
 from draftsmith.data.benchmark_fields import benchmark_fields
-from draftsmith.data.chats.messages import as_row, is_plain
+from draftsmith.data.chats.messages import as_row, is_blank_system, is_plain
 from draftsmith.data.formats import (
     Conversation,
     Format,
@@ -186,7 +186,8 @@ def prompts(
     _write(out, read.prompts, read.dropped, config, source)
     if read.unanswered:
         print(summary(read.unanswered, "kept as a prompt, without its answers"))
-    print(f"{len(read.prompts)} prompts in {out} ({_split_counts(read.prompts)}); {summary(read.dropped)}")
+    formats = f"formats {read.formats}; " if read.is_mixed else ""
+    print(f"{len(read.prompts)} prompts in {out} ({_split_counts(read.prompts)}); {formats}{summary(read.dropped)}")
 
 
 @dataclass
@@ -204,6 +205,11 @@ class _ReadPrompts:
     def formats(self) -> str:
         """The formats of the prompts, for a record."""
         return ", ".join(sorted(self._formats))
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether the prompts come from several formats."""
+        return len(self._formats) > 1
 
     def add(
         self, place: str, row: Row, source: str, split: str | Callable[[Conversation], str], prefix_words: int
@@ -368,8 +374,9 @@ def _prompt(conversation: Conversation, row: Row, source: str, split: str, prefi
 
 
 def _normalised(conversation: Conversation) -> str:
-    """What two prompts share when they ask the same: case, width variants and spacing do not count."""
-    parts = [conversation.text] if conversation.text is not None else [m["content"] for m in conversation.messages]
+    """What two prompts share when they ask the same: case, width variants, spacing and an empty system turn do not count."""
+    said = [message["content"] for message in conversation.messages if not is_blank_system(message)]
+    parts = [conversation.text] if conversation.text is not None else said
     parts += [json_text(as_row(message)) for message in conversation.messages if not is_plain(message)]
     parts += [json_text(given) for given in (conversation.tools, conversation.variables) if given]
     text = unicodedata.normalize("NFKC", "\0".join(part or "" for part in parts)).casefold()

@@ -15,7 +15,7 @@ from typing import cast
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from draftsmith.data.chats.messages import Message
+from draftsmith.data.chats.messages import Message, is_blank_system
 from draftsmith.data.chats.reply_marks import ReplyMarks
 from draftsmith.data.chats.samples import TokenizedSample, Turn, cut, from_turns, numbered, samples_from_turns
 from draftsmith.data.chats.trained import EVERYTHING, Kind, TrainedOn
@@ -181,7 +181,7 @@ class ChatTemplate(PromptTemplate):
         """Check that the template has left nothing of a reply out.
 
         Raises:
-            ValueError: it hides a thought or removes it from the words, hides a call, or hides the words beside one.
+            ValueError: it hides a thought or removes it from the words, hides one of its calls, or the words beside them.
         """
         last, place = messages[-1], f"turn {len(messages) - 1}"
         remedy = "make replies with `draftsmith data respond`, or give another with --template"
@@ -205,6 +205,23 @@ class ChatTemplate(PromptTemplate):
             name = call["function"]["name"]
             if name not in shown:
                 raise ValueError(f"{place} calls {name!r:.80}, which the chat template does not show; {remedy}")
+        hidden = self._hidden_call(messages, text)
+        if hidden is not None:
+            name = last["tool_calls"][hidden]["function"]["name"]
+            raise ValueError(
+                f"{place} has {len(last['tool_calls'])} calls, and the chat template does not show call {hidden}, of {name!r:.80}; {remedy}"
+            )
+
+    def _hidden_call(self, messages: Sequence[Message], text: str) -> int | None:
+        """The number of a call, of several in the last message, without which the template writes the same text."""
+        last = messages[-1]
+        calls = last["tool_calls"]
+        for number in range(len(calls) if len(calls) > 1 else 0):
+            without = cast(Message, {**last, "tool_calls": calls[:number] + calls[number + 1 :]})
+            with contextlib.suppress(TemplateRefusal):
+                if self._render([*messages[:-1], without], add_generation_prompt=False) == text:
+                    return number
+        return None
 
     def _words_start(self, messages: Sequence[Message], text: str, reply: Span) -> int:
         """Where the words of a reply begin: behind its thought, in a field of its own or in the words, and what is written around it."""
@@ -284,11 +301,12 @@ class ChatTemplate(PromptTemplate):
     ) -> TokenizedSample:
         ids: list[int] = []
         kinds, mask = bytearray(), []
-        for number, message in enumerate(messages):
-            between = encoded(self.tokenizer, "\n", special=False) if number else []
+        spoken = [(number, message) for number, message in enumerate(messages) if not is_blank_system(message)]
+        for place, (number, message) in enumerate(spoken):
+            between = encoded(self.tokenizer, "\n", special=False) if place else []
             own = (
                 encoded(self.tokenizer, message["content"], special=False)
-                if number
+                if place
                 else self.plain_ids(message["content"])
             )
             kind = Kind.REPLY if message["role"] == "assistant" else Kind.ASKED

@@ -95,6 +95,18 @@ def is_plain(message: Message) -> bool:
     return message["role"] != "tool" and not message.keys() & {"parts", "reasoning_content", "tool_calls"}
 
 
+def is_blank_system(message: Message) -> bool:
+    """Whether a turn is the system's and says nothing. Plain text leaves it out, and it makes no other prompt.
+
+    Args:
+        message: the turn.
+
+    Returns:
+        True where it holds neither words nor other parts.
+    """
+    return message["role"] == "system" and is_plain(message) and not message["content"].strip()
+
+
 def read_turns(value: Any) -> list[Message]:
     """Read chat turns in their own order, whatever it is.
 

@@ -3,6 +3,7 @@
 Owns: the spellings of a tool and of a call, and which ones are none. Does not know: turns, templates, tokens.
 """
 
+import contextlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
@@ -12,7 +13,7 @@ TOOL_FIELDS = ("tools", "functions")
 T = TypeVar("T", bound=Mapping[str, Any])
 # What says nothing, as a value or as JSON text.
 _NONE: tuple[object, ...] = (None, "", "null", "None", "[]", [], ())
-# OpenAI's name of a call's arguments, and those of Llama, LangChain and Bedrock, which count where it is absent.
+# OpenAI's name of a call's arguments, and those of Llama, LangChain and Bedrock, which count where it says nothing.
 _ARGUMENT_FIELDS = ("arguments", "parameters", "args", "input")
 _CALL_TYPES = (None, "function", "tool_call")
 # Where null is a value of a schema; elsewhere a table has filled it in.
@@ -55,7 +56,7 @@ def read_calls(turn: Mapping[str, Any], place: str) -> list[dict[str, Any]]:
         Calls of the form `{"id": ..., "type": "function", "function": {"name": ..., "arguments": {...}}}`; `id` only where there is one.
 
     Raises:
-        UnusableRow: both spellings, or a call that has no name or whose arguments are no object.
+        UnusableRow: both spellings, or a call that has no name, whose arguments are no object, or that has two different ones.
     """
     there = [name for name in ("tool_calls", "function_call") if not says_nothing(turn.get(name))]
     if len(there) > 1:
@@ -151,7 +152,7 @@ def _object(value: Any, place: str) -> dict[str, Any]:
         return {}
     value = _parsed(value, place) if isinstance(value, str) else value
     if not isinstance(value, Mapping):
-        raise UnusableRow(f"{place} are {type(value).__name__}, not an object")
+        raise UnusableRow(f"{place} is {type(value).__name__}, not an object")
     return dict(value)
 
 
@@ -179,8 +180,15 @@ def _tool(entry: Any, place: str) -> dict[str, Any]:
     schema = function.pop("input_schema", None)  # Anthropic's name
     function |= {} if schema is None else {"parameters": schema}
     if isinstance(function.get("parameters"), str):
-        function["parameters"] = _without_nulls(_object(function["parameters"], f"{place}: the parameters"))
+        function["parameters"] = _parameters(function["parameters"])
     return {"type": "function", "function": function}
+
+
+def _parameters(text: str) -> Any:
+    """A tool's parameters that are JSON text, as an object; text that holds none stays as it is."""
+    with contextlib.suppress(UnusableRow):
+        return _without_nulls(_object(text, "the parameters"))
+    return text
 
 
 def _without_nulls(schema: Any) -> Any:
@@ -228,10 +236,25 @@ def _argument_names(function: Mapping[str, Any]) -> Collection[str] | None:
 
 def _call(entry: Any, place: str) -> dict[str, Any]:
     function = _function(entry, place)
-    given = next((function[name] for name in _ARGUMENT_FIELDS if function.get(name) is not None), None)
-    arguments = _object(given, f"{place}: the arguments")
+    arguments = _arguments(function, place)
     own_id = entry.get("id") if isinstance(entry, Mapping) else None
     if own_id is not None and not isinstance(own_id, str):
         raise UnusableRow(f"{place}: the id is {own_id!r:.80}, not text")
     call = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
     return call if own_id is None else {"id": own_id, **call}
+
+
+def _arguments(function: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """The arguments of a call, from the first field that says something.
+
+    Raises:
+        UnusableRow: they are no object, or two fields say different things.
+    """
+    values = {name: function[name] for name in _ARGUMENT_FIELDS if function.get(name) not in _NONE}
+    given = {name: _object(value, f"{place}: the {name}") for name, value in values.items()}
+    saying = [name for name, arguments in given.items() if not says_nothing(arguments)]
+    for name in saying[1:]:
+        if given[name] != given[saying[0]]:
+            raise UnusableRow(f"{place} has two different objects in {saying[0]} and {name}; one of them is enough")
+    # Where all are null, they are the call's own all the same.
+    return given[saying[0]] if saying else max(given.values(), key=len, default={})

@@ -98,7 +98,7 @@ class PromptTemplate:
     Args:
         tokenizer: a fast tokenizer.
         template: None for the tokenizer's own template, the path of a Jinja file, or "none" for plain text. Base models read plain text:
-            the texts one after the other, a newline between them.
+            the texts one after the other, a newline between them, without a system turn that is empty.
         eos_ids: tokens that end a reply; the tokenizer's own end token when empty.
         options: the template's name and its variables.
 
@@ -151,7 +151,8 @@ class PromptTemplate:
             TemplateRefusal: the template fails on these messages.
         """
         if self.text is None:
-            return self.plain_ids("\n".join(str(m["content"]) for m in self.fields.shown(messages)))
+            texts = [(m["role"], str(m["content"])) for m in self.fields.shown(messages)]
+            return self.plain_ids("\n".join(text for role, text in texts if role != "system" or text.strip()))
         return self._encode(self._render(messages, add_generation_prompt=True))
 
     def plain_ids(self, text: str) -> list[int]:

@@ -76,6 +76,33 @@ def test_duplicates_are_dropped_whatever_their_case_and_spacing(
     assert dropped[0]["reason"] == f"the same prompt as {source}:1"
 
 
+def test_an_empty_system_turn_makes_no_other_prompt(tmp_path: Path, write_jsonl: Callable[..., Path]) -> None:
+    def read(content: str | None, name: str) -> list[tuple[str, str]]:
+        systems = [] if content is None else [{"role": "system", "content": content}]
+        rows = [
+            {"messages": [*systems, {"role": "user", "content": f"Question {n}"}], "source": "s"} for n in range(40)
+        ]
+        prompts(str(write_jsonl(rows)), tmp_path / name, validation=0.3, test=0.3)
+        return [(prompt.id, prompt.split) for prompt in read_prompts(tmp_path / name)]
+
+    without = read(None, "without")
+    assert read("", "empty") == read(" \n", "blank") == without
+    assert not {key for key, _ in read("Be brief.", "brief")} & {key for key, _ in without}
+    both = write_jsonl([{"messages": [USER]}, {"messages": [{"role": "system", "content": ""}, USER]}])
+    prompts(str(both), tmp_path / "both")
+    [dropped] = (tmp_path / "both" / "dropped.jsonl").read_text().splitlines()
+    assert json.loads(dropped)["reason"] == f"the same prompt as {both}:1"
+
+
+def test_the_last_line_names_the_formats_where_there_are_several(
+    tmp_path: Path, write_jsonl: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts(str(write_jsonl([ROWS["openai"][0], ROWS["gsm8k"][0], {"foo": 1}])), tmp_path / "mixed")
+    assert "; formats gsm8k, openai; 1 row dropped" in capsys.readouterr().out.splitlines()[-1]
+    prompts(str(write_jsonl([ROWS["openai"][0]])), tmp_path / "same")
+    assert "format" not in capsys.readouterr().out.splitlines()[-1].replace(str(tmp_path), "")
+
+
 def test_splits_are_disjoint_near_their_shares_and_do_not_move_when_rows_are_added(
     tmp_path: Path, write_jsonl: Callable[..., Path]
 ) -> None:

@@ -78,6 +78,19 @@ def test_plain_text_needs_no_template() -> None:
     assert labelled_text(tokenizer, sample) == "He has seven.Yes."
 
 
+@pytest.mark.parametrize("blank", ["", " \n"])
+def test_plain_text_leaves_an_empty_system_turn_out(blank: str) -> None:
+    tokenizer = make_tokenizer(None)
+    chat, system = ChatTemplate(tokenizer, "none"), Message(role="system", content=blank)
+    assert chat.first_prompt_ids([system, *CONVERSATION[:1]]) == chat.first_prompt_ids(CONVERSATION[:1])
+    assert chat.conversation("a", [system, *CONVERSATION]) == chat.conversation("a", CONVERSATION)
+    brief = Message(role="system", content="Be brief.")
+    assert tokenizer.decode(chat.first_prompt_ids([brief, *CONVERSATION[:1]])) == "Be brief.\nHow many apples?"
+    sample = chat.conversation("a", [brief, *CONVERSATION])
+    assert str(tokenizer.decode(sample.input_ids)).startswith("Be brief.\nHow many apples?\nHe has")
+    assert labelled_text(tokenizer, sample) == "He has seven.Yes."
+
+
 def test_a_template_file_replaces_the_tokenizers_own(tmp_path: Path) -> None:
     (tmp_path / "t.jinja").write_text("{% for m in messages %}[{{ m['content'] }}]{% endfor %}>")
     tokenizer = make_tokenizer(None)

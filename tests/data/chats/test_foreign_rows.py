@@ -342,6 +342,31 @@ def test_calls_that_are_turns_of_their_own_belong_to_the_reply_before_them(write
     assert "turn 2 is the assistant's where the user's belongs" in reason(row, write_jsonl)
 
 
+@pytest.mark.parametrize(("only", "hidden"), [("[:1]", 1), ("[-1:]", 0)])
+@pytest.mark.parametrize("cities", [("Oslo", "Rome"), ("Oslo", "Oslo")])
+@pytest.mark.parametrize("words", ["", "I ask weather."])
+def test_a_template_that_shows_a_single_call_of_several_with_the_same_name_is_named(
+    only: str, hidden: int, cities: tuple[str, str], words: str, write_jsonl: WriteRows
+) -> None:
+    calls = [
+        {"from": "function_call", "value": json.dumps({"name": "weather", "arguments": {"city": city}})}
+        for city in cities
+    ]
+    results = [{"from": "observation", "value": value} for value in ("9 C", "15 C")]
+    said = [{"from": "gpt", "value": words}] if words else []
+    turns = [{"from": "human", "value": "Is it warm?"}, *said, *calls, *results, {"from": "gpt", "value": "No."}]
+    template = TOOL_TEMPLATE.replace("m.tool_calls or []", f"(m.tool_calls or []){only}")
+    block = template.replace("'assistant' %}<|assistant|>", "'assistant' %}<|assistant|>{% generation %}").replace(
+        "<|end|>{% else", "<|end|>{% endgeneration %}{% else"
+    )
+    number = 0 if len(set(cities)) == 1 else hidden  # of two that are the same, nobody can tell which is left out
+    expected = f"turn 1 has 2 calls, and the chat template does not show call {number}, of 'weather'"
+    for given in (template, block):
+        assert expected in reason({"conversations": turns}, write_jsonl, EVERYTHING, given)
+    shown = text({"conversations": turns}, write_jsonl)
+    assert all(shown.count(json.dumps({"city": city})) == cities.count(city) for city in cities)
+
+
 def test_a_template_that_adds_arguments_to_a_text_gets_them_as_text(write_jsonl: WriteRows) -> None:
     row = {"messages": [ASKED, CALLS, RESULT, NO]}
     assert text(row, write_jsonl, EVERYTHING, WANTS_TEXT) == text(row, write_jsonl)

@@ -9,7 +9,7 @@ import pytest
 from tool_chats import ASKED, CALL, TOOL_ROW, TOOL_TEMPLATE, WEATHER, tool_tokenizer
 
 from draftsmith.data.cache.show import render
-from draftsmith.data.chats.tool_calls import read_calls
+from draftsmith.data.chats.tool_calls import read_calls, read_tools
 from draftsmith.data.chats.trained import EVERYTHING, TrainedOn
 from draftsmith.data.corpus import Corpus
 from draftsmith.data.tokens import ChatTemplate, TokenizedSample
@@ -128,6 +128,45 @@ def test_a_call_without_arguments_has_none(arguments: object) -> None:
     assert call["function"] == {"name": "now", "arguments": {}}
 
 
+OSLO = {"city": "Oslo"}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"arguments": "", "parameters": OSLO},
+        {"arguments": "{}", "input": OSLO},
+        {"arguments": {"city": None}, "args": OSLO},
+        {"arguments": OSLO, "input": json.dumps(OSLO)},
+        {"arguments": OSLO, "args": [], "parameters": " "},
+    ],
+)
+def test_the_arguments_of_a_call_are_those_of_the_field_that_says_something(fields: dict[str, object]) -> None:
+    [call] = read_calls({"tool_calls": [{"name": "weather", **fields}]}, "turn 1")
+    assert call["function"] == {"name": "weather", "arguments": OSLO}
+
+
+def test_an_argument_that_is_null_is_kept_where_no_other_field_says_something() -> None:
+    [call] = read_calls({"tool_calls": [{"name": "weather", "arguments": '{"city": null}', "args": {}}]}, "turn 1")
+    assert call["function"]["arguments"] == {"city": None}
+
+
+@pytest.mark.parametrize("parameters", ["none", '[{"type": "object"}]', '{"type": "object"', "{'type': 'object'}", "7"])
+def test_parameters_that_are_text_and_no_object_stay_as_they_are(parameters: str, write_jsonl: WriteRows) -> None:
+    [tool] = read_tools({"tools": [{"name": "weather", "parameters": parameters}]})
+    assert tool == {"type": "function", "function": {"name": "weather", "parameters": parameters}}
+    row = TOOL_ROW | {"tools": [{"name": "weather", "parameters": parameters}]}
+    title, shown = view(*outcomes(row, write_jsonl))
+    assert "tool calls 27" in title
+    assert shown.startswith('<tools>{"type": "function", "function": {"name": "weather", "parameters": "')
+
+
+@pytest.mark.parametrize("parameters", ["", "null", "None"])
+def test_parameters_that_are_text_and_say_nothing_are_an_empty_object(parameters: str) -> None:
+    [tool] = read_tools({"tools": [{"name": "weather", "parameters": parameters}]})
+    assert tool["function"]["parameters"] == {}
+
+
 def test_a_rows_own_variables_reach_its_template_alone(write_jsonl: WriteRows) -> None:
     row = {"messages": [ASKED, {"role": "assistant", "content": "<think></think>No."}]}
     assert view(*outcomes(row, write_jsonl))[1].endswith("<|assistant|>«<think></think>No.<|end|>»")
@@ -179,6 +218,16 @@ def test_a_picture_beside_the_words_of_a_tool_is_shown(write_jsonl: WriteRows) -
         ([ASKED, {"role": "assistant", "tool_calls": [CALL], "function_call": CALL}], "tool_calls and function_call"),
         ([ASKED, {"role": "assistant", "tool_calls": [CALL | {"type": "custom"}]}], "of the type 'custom'"),
         ([ASKED, {"from": "function_call", "value": "[]"}], "a list without a call"),
+        (
+            [
+                ASKED,
+                {
+                    "role": "assistant",
+                    "tool_calls": [CALL | {"name": "w", "arguments": {"a": 1}, "function": None, "input": {"a": 2}}],
+                },
+            ],
+            r"tool_calls\[0\] has two different objects in arguments and input; one of them is enough",
+        ),
     ],
 )
 def test_a_broken_tool_conversation_is_dropped_with_its_reason(
