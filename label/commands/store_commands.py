@@ -120,7 +120,7 @@ class _LeftOut(contextlib.ExitStack):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
     ) -> bool:
         if not isinstance(error, RefusedFile):
-            return super().__exit__(kind, error, trace)
+            return bool(super().__exit__(kind, error, trace))
         super().__exit__(None, None, None)
         return False
 

@@ -225,8 +225,8 @@ def rated_steps(row: Row, place: str, origin: LabelSource, zero_is_neutral_in: C
             rule = f"{name.partition('[')[0]} says something else of the steps"
             remedy = "take out the one that does not count"
             neutral, first_neutral = (each in zero_is_neutral_in for each in (name, first))
-            error = contradiction if _first_bad(other, neutral) != _first_bad(ratings, first_neutral) else refusal
-            raise error(place, first.partition("[")[0], given[first], rule, remedy)
+            differ = _first_bad(other, neutral) != _first_bad(ratings, first_neutral)
+            raise (contradiction if differ else refusal)(place, first.partition("[")[0], given[first], rule, remedy)
     question = value_of(row, field_of(row, QUESTIONS), place)
     return RatedSteps(question, steps, ratings, [], origin.labelled_by, field=field)
 

@@ -215,7 +215,7 @@ class EagleBase(Drafter):
         for layer in lower:  # the layer above reads every position
             inputs_TI = layer.inputs(embedded_TD, state_TD)
             attentions.append(self._attention(batch, anchors_A, layer, inputs_TI, rotation))
-            everywhere = attentions[-1].over(torch.arange(len(inputs_TI), device=inputs_TI.device))
+            everywhere = attentions[-1].from_anchors(torch.arange(len(inputs_TI), device=inputs_TI.device))
             state_TD = layer.finish(state_TD, everywhere(layer.queries(inputs_TI, rotation), []))
         inputs_TI = last.inputs(embedded_TD, state_TD)
         attentions.append(self._attention(batch, anchors_A, last, inputs_TI, rotation))

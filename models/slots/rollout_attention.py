@@ -86,9 +86,9 @@ class RolloutAttention:
         Args:
             rows: int64, which anchors, rising.
         """
-        return self.over(self.anchors[rows])
+        return self.from_anchors(self.anchors[rows])
 
-    def over(self, anchors: Tensor) -> RolloutAttention:
+    def from_anchors(self, anchors: Tensor) -> RolloutAttention:
         """The same attention from other anchors.
 
         Args:
