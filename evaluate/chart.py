@@ -6,7 +6,7 @@ Owns the look of the chart. Does not know how a row was measured. Draws without 
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -33,6 +33,8 @@ LOOKS = (
     ("#a21caf", "*"),
 )
 DASHES = ("-", "--", ":", "-.")
+MOST_LINES = 10
+"""Of more drafting rows than these, the right side shows each drafter's fastest alone: nobody could tell their lines apart."""
 FEWEST_REACHED = 20
 """A share of fewer drafts than these is noise, and is not drawn behind the first depth."""
 
@@ -57,7 +59,7 @@ def draw(rows: Sequence[Row]) -> bytes:
     looks = _looks(rows)
     _draw_gains(axes[0], rows, names, [look.colour for look in looks])
     if deep:
-        _draw_depths(axes[1], rows, names, looks)
+        draw_depths(axes[1], rows, names)
     first = rows[0]
     return titled_png(
         figure, f"{first.target}: {first.prompts} prompts, batch {first.batch_size}, {first.dtype} on {first.device}"
@@ -188,10 +190,30 @@ def _label_row(axes: Axes, place: int, row: Row, fits: bool) -> None:
     axes.annotate(note, (far, place), (9, 0), textcoords="offset points", va="center", fontsize=9.5, color=colour)
 
 
-def _draw_depths(axes: Axes, rows: Sequence[Row], names: list[str], looks: list[Look]) -> None:
+def _fastest(rows: Sequence[Row]) -> list[Row]:
+    """Of each drafter and temperature the row with the largest speed-up."""
+    best: dict[tuple[str, float], Row] = {}
+    for row in rows:
+        who = (row.drafter, row.temperature)
+        if who not in best or row.speedup > best[who].speedup:
+            best[who] = row
+    return list(best.values())
+
+
+def draw_depths(axes: Axes, rows: Sequence[Row], names: Sequence[str]) -> None:
+    """A line for each row that drafts: how much of each depth is accepted. Of many rows, each drafter's fastest alone.
+
+    Args:
+        axes: to be drawn into.
+        rows: of the report.
+        names: of each row.
+    """
+    drafting = [row for row in rows if row.acceptance_by_depth]
+    crowded = len(drafting) > MOST_LINES
+    shown = _fastest(drafting) if crowded else drafting
     deepest = 1
-    for row, name, look in zip(rows, names, looks, strict=True):
-        if row.acceptance_by_depth:
+    for row, name, look in zip(rows, names, _looks(rows), strict=True):
+        if any(row is each for each in shown):
             levels = [level for level in row.acceptance_by_depth if level.depth == 1 or level.reached >= FEWEST_REACHED]
             depths = [level.depth for level in levels]
             deepest = max(deepest, *depths)
@@ -200,6 +222,11 @@ def _draw_depths(axes: Axes, rows: Sequence[Row], names: list[str], looks: list[
     axes.set_xticks(range(1, deepest + 1))
     axes.set_xlim(0.8, deepest + 0.2)
     axes.set_ylim(0, 102)
-    axes.set_xlabel(f"draft depth, while {FEWEST_REACHED} drafts or more come so far", fontsize=9, color=SOFT)
+    note = f"draft depth, while {FEWEST_REACHED} drafts or more come so far"
+    axes.set_xlabel(f"{note};\neach drafter's fastest shape" if crowded else note, fontsize=9, color=SOFT)
     plain_axes(axes, "Accepted, % of drafts whose parent was", "y")
-    axes.legend(fontsize=8.5, frameon=False, labelcolor=INK, loc="best")
+    if len(shown) > MOST_LINES // 2:  # below the lines, where it hides none
+        beside: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.07), "ncols": 2}
+    else:
+        beside = {"loc": "best"}
+    axes.legend(fontsize=8.5, frameon=False, labelcolor=INK, **beside)

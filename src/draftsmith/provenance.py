@@ -29,8 +29,13 @@ _PACKAGES = ("draftsmith", "torch", "transformers", "pytorch-lightning", "datase
 
 def command_line() -> str:
     """This process's command line, ready to be pasted into a shell."""
-    name = Path(sys.argv[0]).name if sys.argv and sys.argv[0] else "python"
-    return shlex.join([name, *sys.argv[1:]])
+    started = sys.argv[0] if sys.argv else ""
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    if module is not None and started and started == module.origin:  # python -m
+        words = ["python", "-m", module.name.removesuffix(".__main__")]
+    else:
+        words = [Path(started).name or "python"]
+    return shlex.join([*words, *sys.argv[1:]])
 
 
 def record(command: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -> dict[str, Any]:

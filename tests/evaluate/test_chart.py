@@ -3,9 +3,10 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from draftsmith.evaluate.chart import draw, draw_rooflines
+from draftsmith.evaluate.chart import draw, draw_depths, draw_rooflines
 from draftsmith.evaluate.records import Row
 from draftsmith.evaluate.roofline.roofline import Roofline
 
@@ -26,6 +27,20 @@ def test_chart_draws_rows_without_drafts(make_row: RowMaker) -> None:
 
 def test_chart_is_the_same_for_the_same_rows(make_row: RowMaker) -> None:
     assert draw([make_row()]) == draw([make_row()])
+
+
+@pytest.mark.parametrize(("shapes", "lines"), [(3, 9), (4, 3)])
+def test_many_drafters_are_drawn_by_their_fastest_shape(make_row: RowMaker, shapes: int, lines: int) -> None:
+    rows = [
+        make_row(drafter=f"drafter {who}", shape=f"1x{length}", speedup=1.0 + 0.1 * length)
+        for who in range(3)
+        for length in range(1, 1 + shapes)
+    ]
+    axes = Figure().subplots()
+    draw_depths(axes, rows, [row.label for row in rows])
+    assert len(axes.lines) == lines
+    fastest = {f"drafter {who} 1x{shapes}" for who in range(3)}
+    assert fastest <= {str(line.get_label()) for line in axes.lines}
 
 
 STAGES = {"draft": 0.002, "verify": 0.004, "accept": 0.001, "rest": 0.0005}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -50,6 +51,13 @@ def test_the_revision_is_none_for_a_file_git_does_not_track(tmp_path: Path, monk
 def test_the_command_line_can_be_pasted_into_a_shell(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/somewhere/bin/draftsmith", "decode", "--prompt", "two words"])
     assert provenance.command_line() == "draftsmith decode --prompt 'two words'"
+
+
+def test_the_command_line_names_a_module_that_python_runs(tmp_path: Path) -> None:
+    (tmp_path / "shown.py").write_text("from draftsmith import provenance\nprint(provenance.command_line())\n")
+    command = [sys.executable, "-m", "shown", "--scale", "0.1"]
+    shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert shown.stdout == "python -m shown --scale 0.1\n"
 
 
 def test_reading_a_folder_without_a_record_says_so(tmp_path: Path) -> None:
