@@ -182,7 +182,8 @@ def load_candidates(
         drafter.attach(target.ends)
         drafter.check_tokenizer(tokenizer)
         with progress(f"hash the weights of {entry.name}", 1, "drafters", brief=True):
-            fingerprint = module_fingerprint(drafter)
+            # A drafter made of others drafts from tables as well: a shared pool, n-grams.
+            fingerprint = module_fingerprint(drafter, with_tables=drafter.parts is not None)
         drafter.to_decode(target.device)
         shapes: Sequence[DraftLimits | ShapesByRows] = entry.shapes
         if not shapes:

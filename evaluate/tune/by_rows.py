@@ -104,7 +104,9 @@ def shapes_by_rows(outcomes: Sequence[RowsOutcome]) -> ShapesByRows:
     return ShapesByRows(tuple(steps))
 
 
-def keep(outcomes: Sequence[RowsOutcome], target: Target, folder: Path, is_own: bool) -> str:
+def keep(
+    outcomes: Sequence[RowsOutcome], target: Target, folder: Path, is_own: bool, drafter_fingerprint: str = ""
+) -> str:
     """Write the shapes beside the drafter, as far as its folder can be written.
 
     Args:
@@ -112,6 +114,7 @@ def keep(outcomes: Sequence[RowsOutcome], target: Target, folder: Path, is_own: 
         target: on the device where they were timed.
         folder: of the drafter.
         is_own: whether the folder is the caller's own, not the package's or the hub's cache.
+        drafter_fingerprint: see :class:`KeptShapes`.
 
     Returns:
         What became of it, in words.
@@ -127,6 +130,7 @@ def keep(outcomes: Sequence[RowsOutcome], target: Target, folder: Path, is_own: 
         device=target.device.type,
         device_name=device_name(target.device),
         dtype=str(target.dtype).removeprefix("torch."),
+        drafter_fingerprint=drafter_fingerprint,
     )
     try:
         path = kept.write(folder)

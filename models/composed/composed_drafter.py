@@ -16,6 +16,7 @@ from torch import Tensor
 from draftsmith.models.drafters.draft_records import Cycle, DraftState, Emitted, Opening
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.drafter_config import DrafterConfig
+from draftsmith.models.drafters.drafter_folder import drafter_fingerprint
 from draftsmith.models.drafters.rollout import PackedBatch, Rollout
 from draftsmith.models.files.field_rules import TEXT, Rule
 from draftsmith.models.slots.slot_cache import KeptRows
@@ -148,6 +149,10 @@ class ComposedDrafter(Drafter):
     def parts(self) -> tuple[Drafter, ...]:
         """The head, where there is one."""
         return () if self.head is None else (self.head,)
+
+    def drafts_from(self) -> str:
+        """See :meth:`Drafter.drafts_from`: its config, and the folders that this names; empty for a drafter that was made in memory."""
+        return "" if self.loaded_from is None else drafter_fingerprint(self.loaded_from)
 
     def attach(self, ends: TargetEnds) -> Drafter:
         """See :meth:`Drafter.attach`. Any target will do, unless there is a head."""

@@ -416,9 +416,12 @@ class Drafter(DraftVocabulary):
         """
         if self.loaded_from is None:
             return None
-        return fitting_shapes(
-            self.loaded_from, target.device.type, target.fingerprint or self.config.target_fingerprint
-        )
+        known = target.fingerprint or self.config.target_fingerprint
+        return fitting_shapes(self.loaded_from, target.device.type, known, self.drafts_from())
+
+    def drafts_from(self) -> str:
+        """A fingerprint of what a drafter without weights drafts from, as its folder names it; empty for any other drafter."""
+        return ""
 
     def needs_host(self) -> str:
         """Why a draft cannot be compiled or captured: it reads tensors on the host, or switches modules. Empty where it can."""

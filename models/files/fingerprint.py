@@ -55,11 +55,12 @@ def checkpoint_fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def module_fingerprint(module: nn.Module) -> str:
+def module_fingerprint(module: nn.Module, with_tables: bool = False) -> str:
     """Hash all parameters of a module in memory: names, shapes and values as float32.
 
     Args:
         module: on any device.
+        with_tables: hash its buffers too, byte by byte: what a module without weights drafts from.
 
     Returns:
         sha256 (hex).
@@ -68,6 +69,10 @@ def module_fingerprint(module: nn.Module) -> str:
     for name, parameter in sorted(module.named_parameters()):
         digest.update(f"{name}:{tuple(parameter.shape)};".encode())
         digest.update(parameter.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    tables = sorted(module.named_buffers()) if with_tables else []
+    for name, table in tables:
+        digest.update(f"{name}:{tuple(table.shape)};".encode())
+        digest.update(table.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

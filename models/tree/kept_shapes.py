@@ -27,6 +27,7 @@ _RULES: dict[str, Rule] = {
     "version": (lambda value: value == VERSION, f"{VERSION}, the only version that is known here"),
     "target": TEXT,
     "target_fingerprint": TEXT,
+    "drafter_fingerprint": TEXT,
     "device": (lambda value: isinstance(value, str) and value != "", "a kind of device such as cpu or cuda"),
     "device_name": TEXT,
     "dtype": TEXT,
@@ -46,6 +47,8 @@ _STEP_RULES: dict[str, Rule] = {
         "a shape such as 1x4, with the paths of a static tree written out, or null for no draft",
     ),
 }
+_OPTIONAL = ("drafter_fingerprint",)
+"""Fields that a file may lack, as those of earlier versions and those written by hand do."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -61,6 +64,8 @@ class KeptShapes:
         device: kind of device, such as ``cpu``.
         device_name: what the maker calls it.
         dtype: of the target.
+        drafter_fingerprint: of what a drafter without weights drafts from, such as a shared pool; empty for any other drafter, and where
+            unknown.
     """
 
     shapes: ShapesByRows
@@ -70,6 +75,7 @@ class KeptShapes:
     device: str
     device_name: str
     dtype: str
+    drafter_fingerprint: str = ""
 
     def write(self, folder: Path) -> Path:
         """Write the file, whole or not at all.
@@ -92,17 +98,20 @@ class KeptShapes:
         atomic_addition(path, json.dumps(fields, indent=2) + "\n")
         return path
 
-    def misfit(self, device: str, target_fingerprint: str) -> str:
+    def misfit(self, device: str, target_fingerprint: str, drafter_fingerprint: str = "") -> str:
         """Why the shapes say nothing here; empty where they do.
 
         Args:
             device: kind of device where the target runs.
             target_fingerprint: of its weights; empty where unknown.
+            drafter_fingerprint: of what a drafter without weights drafts from; empty for any other drafter.
         """
         if self.device != device:
             return f"it was measured on {self.device} ({self.device_name}), and the target runs on {device}"
         if self.target_fingerprint and target_fingerprint and self.target_fingerprint != target_fingerprint:
             return f"it was measured with another target, {self.target!r}"
+        if drafter_fingerprint and self.drafter_fingerprint and self.drafter_fingerprint != drafter_fingerprint:
+            return "it was measured with another config of this drafter, or another content of a folder that the config names"
         return ""
 
 
@@ -122,23 +131,27 @@ def read_kept_shapes(folder: Path) -> KeptShapes | None:
     if not path.is_file():
         return None
     fields = parse_json_object(path.read_bytes(), str(path), _REMEDY)
-    check_fields(fields, _RULES, str(path), _REMEDY, required=_RULES)
+    check_fields(fields, _RULES, str(path), _REMEDY, required=[name for name in _RULES if name not in _OPTIONAL])
     steps = tuple(_step(step, f"{path}: shapes[{place}]") for place, step in enumerate(fields["shapes"]))
     try:
         shapes = ShapesByRows(steps)
     except ValueError as error:
         raise ValueError(f"{path}: shapes cannot be used: {error}; {_REMEDY}") from error
-    names = ("target", "target_fingerprint", "device", "device_name", "dtype")
-    return KeptShapes(shapes, tuple(fields["measured_rows"]), **{name: fields[name] for name in names})
+    names = ("target", "target_fingerprint", "device", "device_name", "dtype", *_OPTIONAL)
+    given = {name: fields[name] for name in names if name in fields}
+    return KeptShapes(shapes, tuple(fields["measured_rows"]), **given)
 
 
-def fitting_shapes(folder: Path, device: str, target_fingerprint: str) -> ShapesByRows | None:
+def fitting_shapes(
+    folder: Path, device: str, target_fingerprint: str, drafter_fingerprint: str = ""
+) -> ShapesByRows | None:
     """The shapes to draft by, where nobody asks for others. A log line says which; a warning says why a file is not used.
 
     Args:
         folder: of the drafter.
         device: kind of device where the target runs.
         target_fingerprint: of its weights; empty where unknown.
+        drafter_fingerprint: of what a drafter without weights drafts from; empty for any other drafter.
 
     Returns:
         The shapes; None where tune kept none there, or they do not fit.
@@ -149,7 +162,7 @@ def fitting_shapes(folder: Path, device: str, target_fingerprint: str) -> Shapes
     kept = read_kept_shapes(folder)
     if kept is None:
         return None
-    reason = kept.misfit(device, target_fingerprint)
+    reason = kept.misfit(device, target_fingerprint, drafter_fingerprint)
     if reason:
         warnings.warn(
             f"{folder / SHAPES_FILE} is not used: {reason}; run `draftsmith tune` here, or give a shape", stacklevel=3

@@ -11,12 +11,14 @@ from draftsmith.decode import Engine, GenerationSettings
 from draftsmith.decode.constraints import Constraints
 from draftsmith.decode.sampling import ReplyOptions
 from draftsmith.evaluate.contenders import EngineContender, TransformersContender, generation_config
-from draftsmith.evaluate.evaluate_command import evaluate
+from draftsmith.evaluate.drafters import parse_entries
+from draftsmith.evaluate.evaluate_command import evaluate, load_candidates
 from draftsmith.evaluate.measure import Plan
 from draftsmith.evaluate.records import Sample
 from draftsmith.models.composed.shared_pool import SharedPool
 from draftsmith.models.drafters.drafter_folder import drafter_fingerprint, load_drafter
 from draftsmith.models.families.redrafter import ReDrafter
+from draftsmith.models.files.fingerprint import module_fingerprint
 from draftsmith.models.ngrams.kneser_ney import kneser_ney
 from draftsmith.models.target.target import Target
 
@@ -103,6 +105,30 @@ def test_drafters_made_of_others_are_raced_like_any_other(
     assert inputs[str(pooled)] == drafter_fingerprint(pooled), "which hangs on the pool's tokens"
     assert read["refined"] == read["head"] > 0
     assert read["joined"] > 0
+
+
+@pytest.mark.parametrize("model_type", ["draftsmith_suffix", "draftsmith_phrases", "draftsmith_refined"])
+def test_what_a_drafter_without_weights_drafts_from_is_part_of_its_fingerprint(
+    tmp_path: Path, target: Path, drafter: Path, model_type: str
+) -> None:
+    vocab_size, model = load_drafter(drafter).config.vocab_size, Target.load(str(target))
+    folder, named = tmp_path / "mine", tmp_path / "named"
+    folder.mkdir()
+    named.mkdir()
+    refined = {"head": str(drafter), "ngrams": "../named"}
+    fields = refined if model_type == "draftsmith_refined" else {"shared_pool": "../named"}
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type, **fields}))
+
+    def fingerprints(text: list[int]) -> tuple[str, str]:
+        made = SharedPool.of([text], vocab_size) if "ngrams" not in fields else kneser_ney([text], vocab_size, 2)
+        made.save(named)
+        [mine, weights] = load_candidates(parse_entries([f"a={folder}", f"b={drafter}"], ["1x2"]), model, "")
+        return mine.fingerprint, weights.fingerprint
+
+    first, again, other = fingerprints([1, 2, 3]), fingerprints([1, 2, 3]), fingerprints([1, 2, 4])
+    assert first == again
+    assert first[0] != other[0]
+    assert first[1] == other[1] == module_fingerprint(load_drafter(drafter)), "which exports compare with reports"
 
 
 def test_ragged_batches_give_the_same_replies(tmp_path: Path, target: Path, drafter: Path, prompts: Path) -> None:

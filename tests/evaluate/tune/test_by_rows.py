@@ -25,6 +25,7 @@ from draftsmith.evaluate.tune.recording import NOWHERE, Recorded
 from draftsmith.evaluate.tune.tune import Outcome
 from draftsmith.evaluate.tune.tune_command import RowsOptions, TimingOptions, is_folder_of_the_caller, tune
 from draftsmith.models import DraftLimits, ShapesByRows, Target
+from draftsmith.models.composed.shared_pool import SharedPool
 from draftsmith.models.drafters.drafter_folder import load_drafter
 from draftsmith.models.tree.kept_shapes import SHAPES_FILE, read_kept_shapes
 from draftsmith.models.tree.shapes import parse_shape, shape_text
@@ -142,6 +143,27 @@ def test_what_tune_keeps_is_drafted_by_whoever_asks_for_nothing_else(
     assert other.limits == DraftLimits(draft_length=3)
     assert Engine(model, load_drafter(folder)).shapes == candidate.limits
     assert BundledEngine(model, folder)._engine.shapes == candidate.limits
+
+
+@pytest.mark.parametrize("model_type", ["draftsmith_suffix", "draftsmith_phrases"])
+def test_shapes_kept_with_another_shared_pool_are_not_drafted(
+    tmp_path: Path, target: Path, drafter: Path, prompts: Path, model_type: str
+) -> None:
+    folder, pool = tmp_path / "mine", tmp_path / "pool"
+    folder.mkdir()
+    pool.mkdir()
+    vocab_size, model = load_drafter(drafter).config.vocab_size, Target.load(str(target))
+    SharedPool.of([[1, 2, 3]], vocab_size).save(pool)
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type, "shared_pool": "../pool"}))
+    tuned(target, folder, prompts, tmp_path / "out", rows=(1,))
+    kept = read_kept_shapes(folder)
+    assert kept is not None
+    assert load_drafter(folder).kept_shapes(model) == kept.shapes
+    SharedPool.of([[1, 2, 4]], vocab_size).save(pool)
+    with pytest.warns(UserWarning, match="is not used: it was measured with .* another content of a folder that the config names"):
+        assert load_drafter(folder).kept_shapes(model) is None
+    SharedPool.of([[1, 2, 3]], vocab_size).save(pool)
+    assert load_drafter(folder).kept_shapes(model) == kept.shapes
 
 
 def test_a_folder_that_cannot_be_written_leaves_the_report_and_says_so(

@@ -62,6 +62,7 @@ def test_shapes_that_are_verified_or_steered_by_themselves_are_not_mixed(text: s
 
 def test_the_file_reads_back_as_written(tmp_path: Path) -> None:
     kept = replace(KEPT, shapes=ShapesByRows(((1, STATIC), (4, parse_shape("2x3n4p0.1")), (9, None))))
+    kept = replace(kept, drafter_fingerprint="ef34")
     assert read_kept_shapes(tmp_path) is None
     assert kept.write(tmp_path) == tmp_path / SHAPES_FILE
     assert read_kept_shapes(tmp_path) == kept
@@ -71,6 +72,7 @@ def test_the_file_reads_back_as_written(tmp_path: Path) -> None:
 BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "version": ({"version": 2}, "version is 2, it must be 1"),
     "target": ({"target": 3}, "target is 3, it must be text"),
+    "drafter": ({"drafter_fingerprint": 3}, "drafter_fingerprint is 3, it must be text"),
     "device": ({"device": ""}, "device is '', it must be a kind of device"),
     "rows": ({"measured_rows": [0]}, r"measured_rows is \[0\], it must be a list of whole numbers"),
     "no shapes": ({"shapes": []}, r"shapes is \[\], it must be a list of objects"),
@@ -119,6 +121,18 @@ def test_fitting_shapes_are_used_and_named(tmp_path: Path, caplog: pytest.LogCap
         assert fitting_shapes(tmp_path, "cpu", "") == SHAPES  # a target whose weights nobody has hashed
         assert fitting_shapes(tmp_path / "elsewhere", "cpu", "ab12") is None
     assert caplog.messages == [f"drafts the shapes that tune kept in {tmp_path}: {SHAPES}"] * 2
+
+
+def test_shapes_measured_with_another_pool_are_left_and_those_that_tell_none_are_used(tmp_path: Path) -> None:
+    path = replace(KEPT, drafter_fingerprint="ef34").write(tmp_path)
+    assert fitting_shapes(tmp_path, "cpu", "ab12", "ef34") == SHAPES
+    with pytest.warns(UserWarning, match="is not used: it was measured with another config of this drafter, or another"):
+        assert fitting_shapes(tmp_path, "cpu", "ab12", "gh56") is None
+    fields = json.loads(path.read_bytes())
+    del fields["drafter_fingerprint"]
+    path.write_text(json.dumps(fields))
+    assert read_kept_shapes(tmp_path) == KEPT
+    assert fitting_shapes(tmp_path, "cpu", "ab12", "gh56") == SHAPES
 
 
 @pytest.mark.parametrize(
