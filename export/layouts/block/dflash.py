@@ -223,6 +223,11 @@ def engine_notes(config: BlockConfig) -> list[str]:
     notes = []
     if config.correction in ("gated", "recurrent"):
         notes.append(f"Its correction is {config.correction!r}, which SGLang reads. vLLM has no parameters for it.")
+    if config.confidence and not config.confidence_with_markov:
+        notes.append(
+            "Its confidence head reads no token (`confidence_head_with_markov` false). Public code of SGLang refuses such a head, and no "
+            "engine was tried with one."
+        )
     if config.correction == "gru":
         notes.append("Its correction is Domino's, which SGLang reads and vLLM does not.")
     if config.correction != "none" and config.num_draft_tokens != config.vocab_size:
@@ -266,10 +271,16 @@ def _fields(drafter: BlockDrafter, kind: str, ends: TargetEnds | None) -> dict[s
         # vLLM reads these at the top.
         fields |= {name: nested[name] for name in ("mask_token_id", "target_layer_ids")}
         fields |= {"markov_rank": config.correction_rank, "markov_head_type": MARKOV_TYPES[config.correction]}
-        fields |= dict.fromkeys(("enable_confidence_head", "confidence_head_with_markov"), config.confidence)
+        fields |= confidence_fields(config)
         fields["sample_from_anchor"] = True
         nested["projector_type"] = DSPARK
     return fields
+
+
+def confidence_fields(config: BlockConfig) -> dict[str, bool]:
+    """What a DSpark's config says of its confidence head."""
+    with_markov = config.confidence and config.confidence_with_markov
+    return {"enable_confidence_head": config.confidence, "confidence_head_with_markov": with_markov}
 
 
 def selector_fields(config: BlockConfig) -> dict[str, int]:
@@ -377,9 +388,8 @@ def refuse_other_computation(flat: Mapping[str, Any], where: str) -> None:
     faults = [f"{name} {flat[name]!r}" for name, value in _FIXED.items() if name in flat and flat[name] != value]
     if flat.get("projector_type", DFLASH) not in (DFLASH, DFLASH2, DSPARK, DOMINO):
         faults.append(f"projector_type {flat['projector_type']!r}")
-    reads_tokens = bool(flat.get("markov_rank"))
-    if flat.get("enable_confidence_head") and flat.get("confidence_head_with_markov", reads_tokens) != reads_tokens:
-        faults.append(f"confidence_head_with_markov {not reads_tokens} with markov_rank {flat.get('markov_rank', 0)}")
+    if flat.get("enable_confidence_head") and flat.get("confidence_head_with_markov") and not flat.get("markov_rank"):
+        faults.append(f"confidence_head_with_markov True with markov_rank {flat.get('markov_rank', 0)}")
     if faults:
         raise ValueError(
             f"{where} asks for {', '.join(faults)}, which our block drafters do not have; it cannot be read"
@@ -483,9 +493,12 @@ def _correction(flat: Mapping[str, Any], where: str) -> dict[str, Any]:
     rank = flat.get("markov_rank", 0)
     is_dspark = bool(rank) or flat.get("projector_type") == DSPARK or named_kind(flat) == "DSpark"
     kinds: dict[str, CorrectionKind] = {theirs: ours for ours, theirs in MARKOV_TYPES.items()}  # type: ignore[misc]
+    has_confidence = flat.get("enable_confidence_head", False)
     return {
         "sample_from_anchor": flat.get("sample_from_anchor", is_dspark),
-        "confidence": flat.get("enable_confidence_head", False),
+        "confidence": has_confidence,
+        # Without a Markov head there is no row to read, whatever stands here.
+        "confidence_with_markov": not (has_confidence and rank) or flat.get("confidence_head_with_markov", True),
         **({"correction": kinds[flat.get("markov_head_type", "vanilla")], "correction_rank": rank} if rank else {}),
     }
 

@@ -95,7 +95,7 @@ def _fields(drafter: BlockDrafter, kind: str, ends: TargetEnds) -> dict[str, Any
     }
     if kind == dflash.DSPARK:
         fields |= {"markov_rank": config.correction_rank, "markov_head_type": MARKOV_TYPES[config.correction]}
-        fields |= dict.fromkeys(("enable_confidence_head", "confidence_head_with_markov"), config.confidence)
+        fields |= dflash.confidence_fields(config)
     if kind == dflash.DFLASH2:
         fields |= dflash.selector_fields(config)
     return fields

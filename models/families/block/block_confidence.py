@@ -2,8 +2,8 @@
 
     c_k = sigmoid(w [h_k ; W1[x_{k-1}]] + b)        h_k: the slot's state; W1: the tokens' rows of a Markov correction, where there is one
 
-c_k reads the token before the slot and not the one that will be drawn there. So a draft may end where it is small: whether a token is
-drawn then never depends on that token, and the output stays the target's own.
+Some heads leave W1 out and read the slot's state alone. No c_k reads the token that will be drawn at its slot. So a draft may end where it
+is small: whether a token is drawn then never depends on that token, and the output stays the target's own.
 
 Owns the head and its weights. Knows nothing of losses, of thresholds, of how a draft ends.
 
@@ -24,11 +24,15 @@ class ConfidenceHead(nn.Module):
     Args:
         hidden_size: D.
         correction: of the drafter, whose rows of tokens are read where it has any.
+        with_markov: read them; False reads the slot's state alone.
     """
 
-    def __init__(self, hidden_size: int, correction: Correction | LookAround | None) -> None:
+    def __init__(
+        self, hidden_size: int, correction: Correction | LookAround | None, with_markov: bool = True
+    ) -> None:
         super().__init__()
-        rank = correction.tokens.embedding_dim if isinstance(correction, MarkovCorrection) else 0
+        self.with_markov = with_markov
+        rank = correction.tokens.embedding_dim if with_markov and isinstance(correction, MarkovCorrection) else 0
         self.proj = nn.Linear(hidden_size + rank, 1)
 
     def forward(self, hidden: Tensor, tokens: Tensor, correction: Correction | LookAround | None) -> Tensor:
@@ -43,7 +47,7 @@ class ConfidenceHead(nn.Module):
             [...], logits of the chances.
         """
         parts = [hidden]
-        if isinstance(correction, MarkovCorrection):
+        if self.with_markov and isinstance(correction, MarkovCorrection):
             parts.append(correction.tokens(tokens).to(hidden.dtype))
         scores: Tensor = self.proj(torch.cat(parts, dim=-1))
         return scores.squeeze(-1)

@@ -34,6 +34,7 @@ class BlockConfig(LayerConfig):
         correction_rank: r.
         correction_state: size of the GRU's state.
         confidence: a head says how likely each token will be accepted, before it is drawn.
+        confidence_with_markov: that head reads the token before the slot, by its row of a Markov correction; False leaves it out.
         convolution: each layer has DFlash 2's convolution over the slots around its attention and its MLP.
         candidates: with the correction ``selector``, how many tokens of a slot can be drafted.
         sliding_window: in the layers of ``sliding_layers``, a slot sees only so many of the last positions, its own among them.
@@ -58,6 +59,7 @@ class BlockConfig(LayerConfig):
         "correction_rank": COUNT,
         "correction_state": COUNT,
         "confidence": FLAG,
+        "confidence_with_markov": FLAG,
         "convolution": FLAG,
         "candidates": COUNT,
         "sliding_window": COUNT_OR_NULL,
@@ -81,6 +83,7 @@ class BlockConfig(LayerConfig):
         correction_rank: int = 256,
         correction_state: int = 1024,
         confidence: bool = False,
+        confidence_with_markov: bool = True,
         convolution: bool = False,
         candidates: int = CANDIDATES,
         sliding_window: int | None = None,
@@ -95,7 +98,8 @@ class BlockConfig(LayerConfig):
         self.causal, self.sample_from_anchor = causal, sample_from_anchor
         self.mask_token_id = mask_token_id
         self.correction, self.correction_rank, self.correction_state = correction, correction_rank, correction_state
-        self.confidence, self.convolution, self.candidates = confidence, convolution, candidates
+        self.confidence, self.confidence_with_markov = confidence, confidence_with_markov
+        self.convolution, self.candidates = convolution, candidates
         self.sliding_window, self.sliding_layers = sliding_window, list(sliding_layers)
         self.sliding_causal, self.attention_bias = sliding_causal, attention_bias
 
@@ -144,6 +148,8 @@ class BlockConfig(LayerConfig):
             return f"convolution and hidden size {self.hidden_size}, which is no multiple of the {GROUP} channels of a group"
         if self.correction == "selector" and self.confidence:
             return "correction 'selector' and confidence, which judges drafts over the whole vocabulary: use one of the two"
+        if not (self.confidence or self.confidence_with_markov):
+            return "confidence_with_markov false without confidence, whose head it is about: set confidence true, or leave it out"
         if self.correction != "selector" and self.candidates != CANDIDATES:
             return f"candidates {self.candidates} and correction {self.correction!r}, but only 'selector' has candidates: use {CANDIDATES}"
         if self.mask_token_id is not None and self.mask_token_id >= self.vocab_size:

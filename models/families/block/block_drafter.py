@@ -68,7 +68,8 @@ class BlockDrafter(TargetHead, FromFields):
         self.rotation = Rotation(config.llama())
         sizes = (D, config.vocab_size, config.num_draft_tokens, config.correction_rank, config.correction_state)
         self.correction = correction_of(config.correction, *sizes)
-        self.confidence_head = ConfidenceHead(D, self.correction) if config.confidence else None
+        with_markov = config.confidence_with_markov
+        self.confidence_head = ConfidenceHead(D, self.correction, with_markov) if config.confidence else None
         self.post_init()
 
     @classmethod

@@ -35,6 +35,7 @@ class BlockFamily(DrafterFamily):
         correction_state: size of the GRU's state.
         confidence: a head learns how likely each token will be accepted, as in DSpark. Shapes such as `1x7e0.5s0` end drafts where
             it is below that number. The cache must hold last.pre_norm.
+        confidence_with_markov: that head reads the token before the slot, where the correction is a Markov head; false leaves it out.
         draft_vocab_size: score only this many tokens, the most frequent labelled ones of the training samples, with
             their rows of the target's head; null scores all.
         recompute: compute each layer's activations again in the backward pass: less memory, more time.
@@ -61,7 +62,9 @@ class BlockFamily(DrafterFamily):
         convolution: bool = False,
         candidates: int = CANDIDATES,
         sliding_window: int | None = None,
+        confidence_with_markov: bool = True,
     ) -> None:
+        self.confidence_with_markov = confidence_with_markov
         self.sliding_window = sliding_window
         self.convolution, self.candidates = convolution, candidates
         self.num_draft_layers, self.layers, self.mask = num_draft_layers, layers, mask
@@ -88,6 +91,7 @@ class BlockFamily(DrafterFamily):
             correction_rank=self.correction_rank,
             correction_state=self.correction_state,
             confidence=self.confidence,
+            confidence_with_markov=self.confidence_with_markov,
             convolution=self.convolution,
             candidates=self.candidates,
             sliding_window=self.sliding_window,

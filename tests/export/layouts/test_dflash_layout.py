@@ -26,6 +26,7 @@ from draftsmith.models.families.block import BlockDrafter
 
 STEPS, MASK = 3, 63
 WINDOWS: dict[str, Any] = {"sliding_window": 5, "sliding_layers": [0, 1]}
+WITHOUT_MARKOV: dict[str, Any] = {"confidence": True, "confidence_with_markov": False}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "DFlash": ("dflash", {}),
     "DFlash, 6 tokens": ("dflash", {"draft_token_ids": torch.tensor([0, 3, 9, 10, 40, 63])}),
@@ -37,11 +38,13 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "DSpark, 6 tokens": ("dspark", {"correction": "vanilla", "draft_token_ids": torch.tensor([0, 3, 9, 10, 40, 63])}),
     "DSpark, gated": ("dspark", {"correction": "gated"}),
     "DSpark, recurrent": ("dspark", {"correction": "recurrent", "confidence": True}),
+    "DSpark, a head without Markov": ("dspark", {"correction": "vanilla", **WITHOUT_MARKOV}),
     "Domino": ("domino", {"correction": "gru"}),
     "DFlash 2": ("dflash2", {"correction": "selector"}),
     "DFlash of speculators": ("speculators", {}),
     "DFlash 2 of speculators": ("speculators", {"correction": "selector"}),
     "DSpark of speculators": ("speculators", {"correction": "recurrent"}),
+    "a head without Markov of speculators": ("speculators", {"correction": "gated", **WITHOUT_MARKOV}),
     "6 tokens of speculators": ("speculators", {"draft_token_ids": torch.tensor([0, 3, 9, 10, 40, 63])}),
     "causal windows of speculators": ("speculators", WINDOWS | {"sliding_causal": True}),
     "windows of speculators": ("speculators", WINDOWS | {"correction": "vanilla"}),
@@ -109,6 +112,7 @@ def test_a_forward_from_the_files_alone_has_our_logits(target: Target, tmp_path:
         "mask_token_id",
         "correction",
         "confidence",
+        "confidence_with_markov",
         "candidates",
         "sliding_window",
         "sliding_layers",
@@ -153,6 +157,22 @@ def test_vllm_finds_what_it_asks_of_a_dspark_at_the_top(target: Target, tmp_path
     assert (fields["enable_confidence_head"], fields["confidence_head_with_markov"]) == (True, True)
     tensors = load_file(tmp_path / "model.safetensors")
     assert tensors["confidence_head.proj.weight"].shape == (1, 32 + 5)
+
+
+@pytest.mark.parametrize("layout", ["dspark", "speculators"])
+def test_a_confidence_head_that_reads_no_token_says_so(target: Target, tmp_path: Path, layout: str) -> None:
+    drafter = made(target, correction="vanilla", confidence=True, confidence_with_markov=False)
+    notes = write(drafter, tmp_path, layout, target.ends)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert (fields["enable_confidence_head"], fields["confidence_head_with_markov"]) == (True, False)
+    assert load_file(tmp_path / "model.safetensors")["confidence_head.proj.weight"].shape == (1, 32)
+    assert any("reads no token" in note for note in notes) == (layout == "dspark")
+    rewritten(tmp_path, confidence_head_with_markov=True)
+    with pytest.raises(ValueError, match=r"confidence_head\.proj\.weight"):
+        load_any(tmp_path, target.ends)
+    rewritten(tmp_path, confidence_head_with_markov=None)  # true in the package and in engines
+    with pytest.raises(ValueError, match=r"confidence_head\.proj\.weight"):
+        load_any(tmp_path, target.ends)
 
 
 def test_speculators_layers_see_the_whole_block_in_vllm_too(target: Target, tmp_path: Path) -> None:

@@ -27,7 +27,9 @@ from draftsmith.models.tree.shapes import parse_shape
 STEPS = 3
 
 
-def sure_drafter(target: Target, correction: str = "vanilla", confidence: bool = True) -> BlockDrafter:
+def sure_drafter(
+    target: Target, correction: str = "vanilla", confidence: bool = True, with_markov: bool = True
+) -> BlockDrafter:
     """A block drafter of one layer with a head that is unsure behind some tokens, random everywhere."""
     drafter = BlockDrafter.for_target(
         target.ends,
@@ -37,6 +39,7 @@ def sure_drafter(target: Target, correction: str = "vanilla", confidence: bool =
         correction_rank=5,
         correction_state=6,
         confidence=confidence,
+        confidence_with_markov=with_markov,
         num_draft_steps=STEPS,
     )
     generator = torch.Generator().manual_seed(2)
@@ -51,10 +54,15 @@ def target() -> Target:
     return deep_target()
 
 
-@pytest.mark.parametrize("correction", ["none", "vanilla", "recurrent", "gru"])
+@pytest.mark.parametrize(
+    ("correction", "with_markov"),
+    [("none", True), ("vanilla", True), ("vanilla", False), ("recurrent", True), ("gated", False), ("gru", True)],
+)
 @torch.no_grad()
-def test_decoding_has_the_chances_of_training_and_of_the_equation(target: Target, correction: str) -> None:
-    drafter = sure_drafter(target, correction)
+def test_decoding_has_the_chances_of_training_and_of_the_equation(
+    target: Target, correction: str, with_markov: bool
+) -> None:
+    drafter = sure_drafter(target, correction, with_markov=with_markov)
     batch, limits, root = batch_of(target, drafter), DraftLimits(1, STEPS), 7
     rollout = data_rollout(batch, STEPS)
     place = rollout.anchors.tolist().index(root - 1)
@@ -75,7 +83,7 @@ def test_decoding_has_the_chances_of_training_and_of_the_equation(target: Target
     torch.testing.assert_close(torch.cat(served, 1)[0], trained_K, rtol=1e-4, atol=1e-5)  # type: ignore[arg-type]
     hidden_KD, tokens_K = inputs_KAE[:, place, :32], rollout.tokens[place]
     parts = [hidden_KD]
-    if isinstance(drafter.correction, MarkovCorrection):
+    if with_markov and isinstance(drafter.correction, MarkovCorrection):
         parts.append(drafter.correction.tokens.weight[tokens_K])
     assert drafter.confidence_head is not None
     weight, bias = drafter.confidence_head.proj.weight[0], drafter.confidence_head.proj.bias
@@ -98,10 +106,25 @@ def test_a_chance_reads_the_token_before_it_and_none_behind(target: Target) -> N
     assert same_KA.all(1).tolist() == [True, False, True], "step 1 is fed the token that step 0 would draw"
 
 
+@torch.no_grad()
+def test_a_head_without_markov_reads_no_token_of_the_draft(target: Target) -> None:
+    drafter = sure_drafter(target, with_markov=False)
+    batch = batch_of(target, drafter)
+    rollout = data_rollout(batch, STEPS)
+    inputs_KAE = drafter.teacher_forced(batch, rollout)
+    others_KA = (rollout.tokens.T + 1) % 64
+    assert torch.equal(drafter.confidence(inputs_KAE, others_KA), drafter.confidence(inputs_KAE, rollout.tokens.T))
+    with pytest.raises(ValueError, match="confidence_with_markov false without confidence, whose head it is about"):
+        sure_drafter(target, confidence=False, with_markov=False)
+
+
+@pytest.mark.parametrize("with_markov", [True, False])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("shape", ["1x3e{}s0", "3x3n7e{}s0", "t2.1.1e{}s0"])
-def test_the_threshold_shortens_drafts_and_changes_no_token(target: Target, shape: str, temperature: float) -> None:
-    drafter, prompts = sure_drafter(target), [[1, 5, 9], [1, 7, 7, 30, 2], [3]]
+def test_the_threshold_shortens_drafts_and_changes_no_token(
+    target: Target, shape: str, temperature: float, with_markov: bool
+) -> None:
+    drafter, prompts = sure_drafter(target, with_markov=with_markov), [[1, 5, 9], [1, 7, 7, 30, 2], [3]]
     settings = GenerationSettings(max_new_tokens=12, temperature=temperature)
     plain = [reply.token_ids for reply in Engine(target).generate(prompts, settings)]
     drafted = []
@@ -142,12 +165,14 @@ def test_sampled_chains_that_end_where_it_is_unsure_keep_the_targets_law(rule: s
     assert chi_square_pvalue(Engine(target, drafter, limits), [BOS, 5, 9], request, num_draws=400) > 1e-3
 
 
-def test_a_folder_keeps_the_head(target: Target, tmp_path: Path) -> None:
-    drafter = sure_drafter(target)
+@pytest.mark.parametrize("with_markov", [True, False])
+def test_a_folder_keeps_the_head(target: Target, tmp_path: Path, with_markov: bool) -> None:
+    drafter = sure_drafter(target, with_markov=with_markov)
     drafter.save_pretrained(tmp_path)
     again = load_drafter(tmp_path)
     assert isinstance(again, BlockDrafter)
     assert again.has_confidence
+    assert again.config.confidence_with_markov == with_markov
     assert torch.equal(again.state_dict()["confidence_head.proj.weight"], drafter.confidence_head.proj.weight)  # type: ignore[union-attr]
 
 

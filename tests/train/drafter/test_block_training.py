@@ -51,11 +51,18 @@ def test_every_recipe_learns(target_dir: Path, cache: Path, tmp_path: Path, reci
     assert ("val/step2/candidate_recall" in trainer.callback_metrics) == (recipe == "dflash 2")
 
 
-@pytest.mark.parametrize("distillation", ["none", "path"])
+@pytest.mark.parametrize(
+    ("distillation", "chosen"),
+    [
+        ("none", {}),
+        ("path", {}),
+        ("path", {"correction": "vanilla", "correction_rank": 4, "confidence_with_markov": False}),
+    ],
+)
 def test_a_confidence_head_learns_the_acceptance(
-    target_dir: Path, cache: Path, tmp_path: Path, distillation: str
+    target_dir: Path, cache: Path, tmp_path: Path, distillation: str, chosen: dict[str, Any]
 ) -> None:
-    family = BlockFamily(layers=LAYERS, sample_from_anchor=True, confidence=True)
+    family = BlockFamily(layers=LAYERS, sample_from_anchor=True, confidence=True, **chosen)
     module = make_module(target_dir, drafter=family, lr=1e-2, distillation=distillation)
     data = CacheDataModule(cache, val_fraction=0.2, tokens_per_batch=60)
     trainer = make_trainer(tmp_path, max_epochs=6)
