@@ -34,7 +34,8 @@ _SHOWN = {
     "num_key_value_heads": "key/value heads",
     "num_hidden_layers": "layers of its own",
     "exit_dim": "exit dimension",
-    "num_draft_layers": "residual blocks",
+    "num_draft_layers": "layers of its own",
+    "head_norms": "norms of its heads",
     "block_size": "block size",
     "mask_token_id": "mask token",
     "layers": "reads",
@@ -126,7 +127,9 @@ def _flat(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shown(flat: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(words, str(flat[name])) for name, words in _SHOWN.items() if flat.get(name) is not None]
+    # A ReDrafter counts the blocks before its head by that name.
+    named = _SHOWN | ({"num_draft_layers": "residual blocks"} if "exit_dim" in flat else {})
+    return [(words, str(flat[name])) for name, words in named.items() if flat.get(name) is not None]
 
 
 def _facts(folder: Path, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[tuple[str, str], ...]:

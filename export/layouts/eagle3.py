@@ -1,7 +1,8 @@
 """EAGLE-3 on disk: the common layout of vLLM, SGLang and the official code, and the one of TensorRT-LLM.
 
-Owns their tables and config fields. TensorRT-LLM's differs by what it leaves out: ``t2d``, and the embedding. A P-EAGLE has vLLM's layout
-of one: EAGLE-3's with the learned state and the token of its masks. Knows nothing of cards and commands.
+Owns their tables and config fields. Layers whose heads are normalised are those of a Qwen3. TensorRT-LLM's layout differs by what it leaves
+out: ``t2d``, and the embedding. A P-EAGLE has vLLM's layout of one: EAGLE-3's with the learned state and the token of its masks. Knows
+nothing of cards and commands.
 
 Shape legend: D hidden, V vocabulary, Vd draft vocabulary, n fused layers.
 """
@@ -10,17 +11,25 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from draftsmith.export.layouts.embedding import NAME as EMBEDDING
 from draftsmith.export.layouts.embedding import embedding_rows, is_plain, num_other_rows, refuse_other_embedding
 from draftsmith.export.layouts.layer_ids import block_counts, id_fields, layer_names, read_counts
 from draftsmith.export.layouts.layout import Foreign, Layout
-from draftsmith.export.layouts.llama import has_own_head, layer_settings, llama_fields, sliding_layers
+from draftsmith.export.layouts.llama import (
+    has_own_head,
+    layer_settings,
+    llama_fields,
+    qwen3_kinds,
+    sliding_layers,
+    with_qwen3_defaults,
+)
 from draftsmith.export.layouts.readback import refuse_difference, tensors_of
 from draftsmith.export.layouts.serving import sglang, vllm
 from draftsmith.models.drafters.drafter_reader import assemble, module_table
@@ -34,7 +43,10 @@ from draftsmith.models.target.ends import TargetEnds
 from draftsmith.models.target.target import PRE_NORM
 
 WHAT, MASK, HEAD = "EAGLE-3", "mask_hidden", "lm_head.weight"
-ARCHITECTURE, PARALLEL_ARCHITECTURE = "LlamaForCausalLMEagle3", "PeagleLlamaForCausalLM"
+LLAMA, QWEN3 = "llama", "qwen3"
+_ARCHITECTURES = {LLAMA: "LlamaForCausalLMEagle3", QWEN3: "Eagle3Qwen3ForCausalLM"}
+_PARALLEL_ARCHITECTURES = {LLAMA: "PeagleLlamaForCausalLM", QWEN3: "PeagleQwen3ForCausalLM"}
+_HEAD_NORM = ".self_attn.q_norm.weight"
 LAYER, OTHER_LAYER = "midlayer", "layers.0"
 
 
@@ -89,6 +101,11 @@ def _write_common(drafter: Eagle3, folder: Path, ends: TargetEnds | None) -> tup
         )
     if config.attention_bias:
         notes.append("Its attention has biases. SGLang's EAGLE-3 has none, and no engine was tried with them.")
+    if config.head_norms:
+        notes.append(
+            "Its attention is Qwen3's, with norms of its heads. vLLM has a class for it; SGLang's EAGLE-3 is Llama's, and no engine was "
+            "tried with it."
+        )
     if config.num_draft_layers > 1:
         notes.append(
             f"It has {config.num_draft_layers} layers. SGLang's EAGLE-3 has one, and no engine was tried with several."
@@ -103,13 +120,14 @@ def write_tensorrt(drafter: Eagle3, folder: Path, ends: TargetEnds | None) -> tu
     """Write TensorRT-LLM's variant into an existing folder, read it back and compare; see :func:`write`.
 
     Raises:
-        ValueError: as there; or a switch of EAGLE-3.1 is on, attention has biases, or there are several layers or an embedding of
-            its own, none of which TensorRT-LLM reads.
+        ValueError: as there; or a switch of EAGLE-3.1 is on, attention has biases or norms of its heads, or there are several layers or
+            an embedding of its own, none of which TensorRT-LLM reads.
     """
     refuse_parallel(drafter.config)
     config = drafter.config
     others = config.switches | {
         "attention_bias": config.attention_bias,
+        "head_norms": config.head_norms,
         "several layers": config.num_draft_layers > 1,
         "an embedding of its own": config.own_embedding,
     }
@@ -137,8 +155,9 @@ def refuse_parallel(config: Eagle3Config) -> None:
 
 def _write(drafter: Eagle3, folder: Path, ends: TargetEnds | None, tensors: dict[str, Tensor]) -> None:
     config = drafter.config
-    architecture = PARALLEL_ARCHITECTURE if config.parallel else ARCHITECTURE
-    fields = {"architectures": [architecture], **llama_fields(config, drafter.dtype, ends)}
+    layers = decoder_fields(config, drafter.dtype, ends)
+    architectures = _PARALLEL_ARCHITECTURES if config.parallel else _ARCHITECTURES
+    fields = {"architectures": [architectures[layers["model_type"]]], **layers}
     fields["draft_vocab_size"] = len(tensors[HEAD])
     fields |= {name: True for name, value in config.switches.items() if value}
     if config.parallel:
@@ -151,6 +170,19 @@ def _write(drafter: Eagle3, folder: Path, ends: TargetEnds | None, tensors: dict
         tensors = {renamed(name): tensor for name, tensor in tensors.items()}
     write_files(folder, as_text(fields), tensors)
     refuse_difference(drafter, read(read_fields(folder), read_tensors(folder), ends, str(folder)), folder)
+
+
+def decoder_fields(config: Eagle3Config, dtype: torch.dtype, ends: TargetEnds | None) -> dict[str, Any]:
+    """The layers as the fields of a Llama's ``config.json``, or of a Qwen3's where heads are normalised.
+
+    Raises:
+        ValueError: the layers have a sliding window.
+    """
+    fields = llama_fields(config, dtype, ends)
+    if config.head_norms:
+        del fields["mlp_bias"]
+        fields["model_type"] = QWEN3
+    return fields
 
 
 def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetEnds | None, where: str) -> Eagle3:
@@ -167,15 +199,20 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
             not the target's.
     """
     understood = (*SWITCHES, "attention_bias", "layer_types", "num_hidden_layers")
+    has_norms = _has_head_norms(fields, tensors)
+    is_qwen3 = has_norms and fields.get("model_type") == QWEN3
+    fields = with_qwen3_defaults(fields) if is_qwen3 else fields
     settings, depth = layer_settings(fields, where, understood), num_layers(ends)
     size, count = fields.get("draft_vocab_size"), _num_draft_layers(fields, tensors)
+    kinds = qwen3_kinds(fields, count, where) if is_qwen3 else fields.get("layer_types") or ()
     config = Eagle3Config(
         **settings,
         **_switches(fields),
         attention_bias=bool(fields.get("attention_bias")),
+        head_norms=has_norms,
         num_draft_layers=count,
         own_embedding=MASK in tensors and _is_own(tensors.get(EMBEDDING), ends, where),
-        sliding_window=_window(fields, count, where),
+        sliding_window=_window(fields, kinds, count, where),
         **_masks(fields, tensors, where),
         layers=layer_names(read_counts(fields, depth, where), depth, where),
         draft_vocab_size=None if size in (None, settings["vocab_size"]) else int(size),
@@ -202,6 +239,12 @@ def _num_draft_layers(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
     return 1 + max(map(int, numbers), default=0)
 
 
+def _has_head_norms(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
+    """Whether attention normalises its heads: by the tensors, or in the package's folders, whose Qwen3 layers always do, by the config."""
+    is_packages = SPECULATORS_KEY in fields and fields.get("model_type") == QWEN3
+    return is_packages or any(name.endswith(_HEAD_NORM) for name in tensors)
+
+
 def _is_own(embedding: Tensor | None, ends: TargetEnds | None, where: str) -> bool:
     """Whether the embedding in a P-EAGLE's folder is its own: trainers of these often train it, too.
 
@@ -222,13 +265,12 @@ def _is_own(embedding: Tensor | None, ends: TargetEnds | None, where: str) -> bo
     return True
 
 
-def _window(fields: Mapping[str, Any], count: int, where: str) -> int | None:
+def _window(fields: Mapping[str, Any], kinds: Sequence[Any], count: int, where: str) -> int | None:
     """The sliding window of all layers, or None.
 
     Raises:
         ValueError: some layers have one and others none, or there are other layers than kinds of them.
     """
-    kinds = fields.get("layer_types") or ()
     window, layers = sliding_layers(fields, kinds, where)
     if window is not None and not len(layers) == len(kinds) == count:
         raise ValueError(

@@ -1,7 +1,7 @@
-"""What every layout of a drafter with decoder layers shares: the fields by which Llama's config tells their sizes.
+"""What every layout of a drafter with decoder layers shares: the fields by which Llama's config, and Qwen3's, tell their sizes.
 
 Owns the way between :class:`LayerConfig` and those fields, rotary settings in the legacy form (``rope_theta``, ``rope_scaling``), since
-Transformers 4 reads no other. Knows no tensors and no folder.
+Transformers 4 reads no other; and what Qwen3's fields mean where some are left out. Knows no tensors and no folder.
 """
 
 from __future__ import annotations
@@ -11,10 +11,21 @@ from typing import Any
 
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
 from draftsmith.models.families.eagle3 import SWITCHES
 from draftsmith.models.families.eagle_config import EagleConfig, LayerConfig
-from draftsmith.models.files.field_rules import COUNT, FLAG, LIST, OBJECT, PARTS, POSITIVE, Rule, check_fields
+from draftsmith.models.files.field_rules import (
+    COUNT,
+    COUNT_OR_ZERO,
+    FLAG,
+    LIST,
+    OBJECT,
+    PARTS,
+    POSITIVE,
+    Rule,
+    check_fields,
+)
 from draftsmith.models.target.ends import TargetEnds
 from draftsmith.models.target.key_values import SLIDING
 
@@ -35,6 +46,8 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(SWITCHES, FLAG),
 }
 _WINDOW_RULES: dict[str, Rule] = {"sliding_window": COUNT, "use_sliding_window": FLAG}
+_WHICH_SLIDE: dict[str, Rule] = {"max_window_layers": COUNT_OR_ZERO, "use_sliding_window": FLAG}
+_QWEN3_DEFAULTS = (*SIZES[2:], "num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings")
 # What our layer is. Another value means another computation, which loading the weights alone would hide.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "num_hidden_layers": (1,),
@@ -152,6 +165,34 @@ def refuse_other_layers(fields: Mapping[str, Any], where: str, understood: Colle
         raise ValueError(
             f"{where} asks for {', '.join(faults)}, which our draft layer does not do; such a drafter cannot be read"
         )
+
+
+def with_qwen3_defaults(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a Qwen3 without those that are null, and Qwen3's defaults where they leave a size out."""
+    defaults = Qwen3Config()
+    given = {name: value for name, value in fields.items() if value is not None}
+    return {name: getattr(defaults, name) for name in _QWEN3_DEFAULTS} | given
+
+
+def qwen3_kinds(fields: Mapping[str, Any], count: int, where: str) -> Sequence[Any]:
+    """Kinds of the layers of a Qwen3, as ``layer_types`` names them; without it, Qwen3's rule says which layers slide.
+
+    Args:
+        fields: of the config.
+        count: how many layers there are.
+        where: for messages.
+
+    Raises:
+        ValueError: a field of the rule breaks its own rule.
+    """
+    kinds: Sequence[Any] | None = fields.get("layer_types")
+    if kinds is not None:
+        return kinds
+    given = {name: fields[name] for name in _WHICH_SLIDE if fields.get(name) is not None}
+    check_fields(given, _WHICH_SLIDE, where, "correct it by hand")
+    first = given.get("max_window_layers", Qwen3Config().max_window_layers)
+    slides = given.get("use_sliding_window", False) and fields.get("sliding_window") is not None
+    return [SLIDING if slides and layer >= first else "" for layer in range(count)]
 
 
 def sliding_layers(fields: Mapping[str, Any], kinds: Sequence[Any], where: str) -> tuple[int | None, list[int]]:

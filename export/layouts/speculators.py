@@ -8,20 +8,20 @@ versions are read: with and without the layers to read, with and without the tar
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen3Config
 
 from draftsmith.export.layouts import eagle3
 from draftsmith.export.layouts.embedding import NAME as EMBEDDING
 from draftsmith.export.layouts.embedding import embedding_rows
 from draftsmith.export.layouts.layer_ids import KEY, block_counts
 from draftsmith.export.layouts.layout import Foreign, Layout
-from draftsmith.export.layouts.llama import SIZES, llama_fields
+from draftsmith.export.layouts.llama import SIZES
 from draftsmith.export.layouts.readback import refuse_difference, tensors_of
 from draftsmith.export.layouts.serving import vllm
 from draftsmith.models.families.eagle3 import Eagle3
@@ -33,6 +33,8 @@ from draftsmith.models.target.ends import TargetEnds
 
 VERSION = "0.9.0"
 _KINDS = {"eagle3": "Eagle3DraftModel", "peagle": "PEagleSpeculator"}
+_DEFAULTS: dict[str, type[LlamaConfig | Qwen3Config]] = {eagle3.LLAMA: LlamaConfig, eagle3.QWEN3: Qwen3Config}
+_LAYERS = tuple(_DEFAULTS)
 _RESIDUAL = "norm_before_residual"
 _VERIFIER_HEAD, _VERIFIER_NORM = "verifier_lm_head.weight", "verifier_norm.weight"
 
@@ -61,7 +63,7 @@ def write(drafter: Eagle3, folder: Path, ends: TargetEnds | None) -> tuple[str, 
 
 def _fields(drafter: Eagle3, ends: TargetEnds) -> dict[str, Any]:
     config = drafter.config
-    layer = llama_fields(config, drafter.dtype, ends)
+    layer = eagle3.decoder_fields(config, drafter.dtype, ends)
     dtype, kind = layer.pop("torch_dtype"), "peagle" if config.parallel else "eagle3"
     return {
         "architectures": [_KINDS[kind]],
@@ -116,8 +118,8 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
     """A drafter from this layout; it knows no target yet beyond its sizes and layers.
 
     Raises:
-        ValueError: another layer than Llama's, tensors of the target that are not this target's, and whatever :func:`eagle3.read`
-            refuses.
+        ValueError: another layer than Llama's or Qwen3's, tensors of the target that are not this target's, and whatever
+            :func:`eagle3.read` refuses.
     """
     kept = without_verifier(tensors, ends, where)
     if fields.get(_RESIDUAL) is None and algorithm_of(fields) == "eagle3":  # of a P-EAGLE, vLLM takes false as well
@@ -125,30 +127,34 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
             f"{where}: {CONFIG} does not name {_RESIDUAL}; draftsmith and the speculators package take false, vLLM takes true: add it",
             stacklevel=2,
         )
-    drafter = eagle3.read(flat_fields(fields, where), kept, ends, where)
+    drafter = eagle3.read(flat_fields(fields, where, _LAYERS), kept, ends, where)
     drafter.config.num_draft_steps = proposed_tokens(fields) or drafter.config.num_draft_steps
     return drafter
 
 
-def flat_fields(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
+def flat_fields(fields: Mapping[str, Any], where: str, kinds: Collection[str] = (eagle3.LLAMA,)) -> dict[str, Any]:
     """The package's nested config as one level of fields, as engines and the official code write them.
 
     Args:
         fields: of the config.
         where: for messages.
+        kinds: which kinds of layers are read.
 
     Returns:
-        The layer's fields, Llama's defaults where the package leaves them out, and the drafter's own.
+        The layer's fields, the defaults of its kind where the package leaves them out, and the drafter's own.
 
     Raises:
-        ValueError: the layer is not Llama's.
+        ValueError: the layer is of another kind.
     """
     layer = fields.get("transformer_layer_config")
-    if not isinstance(layer, Mapping) or layer.get("model_type") != "llama":
-        raise ValueError(f"{where}: transformer_layer_config is not a Llama layer's; such a drafter cannot be read")
-    own = {name: value for name, value in fields.items() if name != "transformer_layer_config"}
-    # The package leaves out what equals Llama's defaults. What is null is left out, too.
-    defaults = LlamaConfig()
+    if not isinstance(layer, Mapping) or layer.get("model_type") not in kinds:
+        expected = " or ".join(_DEFAULTS[kind].__name__.removesuffix("Config") for kind in kinds)
+        raise ValueError(
+            f"{where}: transformer_layer_config is not a {expected} layer's; such a drafter cannot be read"
+        )
+    own = {name: value for name, value in fields.items() if name not in ("transformer_layer_config", "model_type")}
+    # The package leaves out what equals the defaults. What is null is left out, too.
+    defaults = _DEFAULTS[layer["model_type"]]()
     given = [{name: value for name, value in part.items() if value is not None} for part in (layer, own)]
     return {**{name: getattr(defaults, name) for name in SIZES}, **given[0], **given[1]}
 

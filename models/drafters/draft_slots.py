@@ -68,7 +68,7 @@ def read_prompt(
             yield
         end = min(begin + opening.chunk, T)
         positions_BE = torch.arange(begin, end, device=prompt.tokens_BE.device).expand(B, -1)
-        cache.aim(positions_BE, cache.capacity, begin)
+        cache.aim(positions_BE, end, begin)
         write(prompt.slots(begin, end), positions_BE)
     return PairState(cache, prompt.last_only(opening.num_pending))
 

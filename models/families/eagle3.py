@@ -50,7 +50,8 @@ class Eagle3Config(EagleConfig):
         parallel: no step reads what was drafted before it; the steps behind the first are fed a mask.
         mask_token_id: with ``parallel``, an unused token of the target whose embedding these steps are fed.
         attention_bias: the four projections of attention have biases, as some public heads do.
-        num_draft_layers: decoder layers of the drafter; those above the first are Llama's own.
+        head_norms: attention is Qwen3's, which normalises each head of queries and keys; False makes it Llama's.
+        num_draft_layers: decoder layers of the drafter; those above the first are Llama's or Qwen3's own.
         own_embedding: the drafter has an embedding of its own, as many published P-EAGLEs have; else it borrows the target's.
     """
 
@@ -58,7 +59,7 @@ class Eagle3Config(EagleConfig):
     rules: ClassVar[Mapping[str, Rule]] = {
         **EagleConfig.rules,
         "layers": NAMES,
-        **dict.fromkeys((*SWITCHES, "parallel", "attention_bias", "own_embedding"), FLAG),
+        **dict.fromkeys((*SWITCHES, "parallel", "attention_bias", "head_norms", "own_embedding"), FLAG),
         "mask_token_id": TOKEN_OR_NULL,
         "num_draft_layers": PARTS,
     }
@@ -75,6 +76,7 @@ class Eagle3Config(EagleConfig):
         attention_bias: bool = False,
         num_draft_layers: int = 1,
         own_embedding: bool = False,
+        head_norms: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -83,7 +85,7 @@ class Eagle3Config(EagleConfig):
         self.fc_norm, self.norm_output = fc_norm, norm_output
         self.parallel, self.mask_token_id = parallel, mask_token_id
         self.attention_bias, self.num_draft_layers = attention_bias, num_draft_layers
-        self.own_embedding = own_embedding
+        self.own_embedding, self.head_norms = own_embedding, head_norms
 
     def fault(self) -> str:
         """See :meth:`DrafterConfig.fault`."""
@@ -125,9 +127,11 @@ class Eagle3(EagleBase):
         norms = [LlamaRMSNorm(D, eps=config.rms_norm_eps) for _ in range(n)] if config.fc_norm else None
         self.fc_norm = None if norms is None else nn.ModuleList(norms)
         self.fc = nn.Linear(n * D, D, bias=False)
-        self.midlayer = DraftLayer(config.llama(), wide=True, norms_state=not config.norm_before_residual)
+        layer, norms_state = config.llama(), not config.norm_before_residual
+        self.midlayer = DraftLayer(layer, wide=True, norms_state=norms_state, head_norms=config.head_norms)
         # Named as engines name them, which count the first as layer 0.
-        self.layers = nn.ModuleDict({str(n): DeeperLayer(config.llama()) for n in range(1, config.num_draft_layers)})
+        above = range(1, config.num_draft_layers)
+        self.layers = nn.ModuleDict({str(number): DeeperLayer(layer, config.head_norms) for number in above})
         self.norm = LlamaRMSNorm(D, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(D, config.num_draft_tokens, bias=False)
         self.embed_tokens = nn.Embedding(config.vocab_size, D) if config.own_embedding else None
@@ -146,6 +150,7 @@ class Eagle3(EagleBase):
         sliding_window: int | None = None,
         mask_token_id: int | None = None,
         num_draft_layers: int = 1,
+        head_norms: bool = False,
     ) -> Eagle3:
         """Make a fresh drafter for one target, attached to it, its head started from the target's.
 
@@ -158,6 +163,7 @@ class Eagle3(EagleBase):
             sliding_window: see :class:`EagleConfig`.
             mask_token_id: of a P-EAGLE; None makes an ordinary EAGLE-3.
             num_draft_layers: of the drafter.
+            head_norms: see :class:`Eagle3Config`.
 
         Returns:
             The drafter.
@@ -176,6 +182,7 @@ class Eagle3(EagleBase):
                 parallel=mask_token_id is not None,
                 mask_token_id=mask_token_id,
                 num_draft_layers=num_draft_layers,
+                head_norms=head_norms,
             )
         )
         drafter.adopt_target(ends, draft_token_ids)
@@ -281,8 +288,9 @@ class Eagle3(EagleBase):
         assert self.mask_hidden is not None
         assert self.config.mask_token_id is not None
         parts = self.mask_hidden.flatten().chunk(len(self.config.layers))
-        token = torch.full((), self.config.mask_token_id, device=self.mask_hidden.device)
-        return self.embed(token), self.read(dict(zip(self.config.layers, parts, strict=True)))
+        embedded_D = self.embed(torch.full((), self.config.mask_token_id, device=self.mask_hidden.device))
+        # As at pairs of the text: under autocast, fc gives a narrower dtype.
+        return embedded_D, self.read(dict(zip(self.config.layers, parts, strict=True))).to(embedded_D.dtype)
 
     def expander(self, state: EagleState, cycle: Cycle, limits: DraftLimits) -> FeatureDraft | MaskedDraft:  # type: ignore[override]
         """See :class:`FeatureDraft`, and with ``parallel`` :class:`MaskedDraft`."""
@@ -378,6 +386,7 @@ class Eagle3Family(DrafterFamily):
             engine's layout.
         mask_token_id: an unused token of the target; it makes a P-EAGLE (arXiv 2602.01469), which drafts all tokens in one pass.
         num_draft_layers: decoder layers of the drafter. The method has one; published P-EAGLEs have several.
+        head_norms: attention is Qwen3's, which normalises each head of queries and keys; false makes it Llama's, which every engine reads.
     """
 
     kind = Eagle3
@@ -390,9 +399,10 @@ class Eagle3Family(DrafterFamily):
         sliding_window: int | None = None,
         mask_token_id: int | None = None,
         num_draft_layers: int = 1,
+        head_norms: bool = False,
     ) -> None:
         self.sliding_window, self.mask_token_id = sliding_window, mask_token_id
-        self.num_draft_layers = num_draft_layers
+        self.num_draft_layers, self.head_norms = num_draft_layers, head_norms
         self.layers, self.draft_vocab_size, self.detach_steps = layers, draft_vocab_size, detach_steps
 
     def build(
@@ -414,6 +424,7 @@ class Eagle3Family(DrafterFamily):
             sliding_window=self.sliding_window,
             mask_token_id=self.mask_token_id,
             num_draft_layers=self.num_draft_layers,
+            head_norms=self.head_norms,
         )
         self.configure(drafter)
         return drafter

@@ -1,7 +1,8 @@
-"""The decoder layers of EAGLE drafters: Llama layers whose attention is left to the caller.
+"""The decoder layers of EAGLE drafters: Llama layers, or Qwen3's, whose attention is left to the caller.
 
 Owns their weights and what happens before and after attention, for both widths. EAGLE-1's layer reads its input as it is; EAGLE-3's
-reads [norm(embedding); norm(state)] side by side. Knows nothing of caches, trees or training.
+reads [norm(embedding); norm(state)] side by side. Qwen3's attention normalises each head of queries and keys before it is rotated.
+Knows nothing of caches, trees or training.
 
 Shape legend: D hidden, I attention's input (D or 2 D), H heads, G key/value heads, Dh head size; any leading dimensions.
 """
@@ -37,21 +38,59 @@ class DraftAttention(nn.Module):
         self.v_proj = nn.Linear(width, groups * size, bias=has_bias)
         self.o_proj = nn.Linear(heads * size, config.hidden_size, bias=has_bias)
 
+    def query_heads(self, inputs: Tensor) -> Tensor:
+        """Queries before they are rotated: [..., I] -> [..., H, Dh]."""
+        return self._heads(self.q_proj(inputs))
+
+    def key_heads(self, inputs: Tensor) -> Tensor:
+        """Keys before they are rotated: [..., I] -> [..., G, Dh]."""
+        return self._heads(self.k_proj(inputs))
+
+    def value_heads(self, inputs: Tensor) -> Tensor:
+        """Values: [..., I] -> [..., G, Dh]."""
+        return self._heads(self.v_proj(inputs))
+
+    def _heads(self, projected: Tensor) -> Tensor:
+        return projected.unflatten(-1, (-1, self.head_dim))
+
+
+class NormedAttention(DraftAttention):
+    """The four projections, and Qwen3's norms of the heads of queries and keys.
+
+    Args:
+        config: see :class:`DraftAttention`; with the norms' epsilon.
+        width: I.
+    """
+
+    def __init__(self, config: LlamaConfig, width: int) -> None:
+        super().__init__(config, width)
+        self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+
+    def query_heads(self, inputs: Tensor) -> Tensor:
+        """See :meth:`DraftAttention.query_heads`."""
+        return rms_norm(self.q_norm, super().query_heads(inputs))
+
+    def key_heads(self, inputs: Tensor) -> Tensor:
+        """See :meth:`DraftAttention.key_heads`."""
+        return rms_norm(self.k_norm, super().key_heads(inputs))
+
 
 class DraftLayer(nn.Module):
-    """One Llama decoder layer in three parts: what attention reads, its queries and keys, and what follows it.
+    """One decoder layer in three parts: what attention reads, its queries and keys, and what follows it.
 
     Args:
         config: sizes, norm epsilon, rotary settings; those of the target, as far as it has them.
         wide: EAGLE-3's layer, with norms of its own for embedding and state.
         norms_state: the wide layer applies ``hidden_norm`` to the state that it is given; False where whoever calls it has done so.
+        head_norms: attention is Qwen3's, with norms of its heads; False makes it Llama's.
     """
 
-    def __init__(self, config: LlamaConfig, wide: bool, norms_state: bool = True) -> None:
+    def __init__(self, config: LlamaConfig, wide: bool, norms_state: bool = True, head_norms: bool = False) -> None:
         super().__init__()
         D, epsilon = config.hidden_size, config.rms_norm_eps
         self.wide, self.norms_state = wide, norms_state
-        self.self_attn = DraftAttention(config, 2 * D if wide else D)
+        self.self_attn = (NormedAttention if head_norms else DraftAttention)(config, 2 * D if wide else D)
         self.mlp = LlamaMLP(config)
         if wide:
             self.hidden_norm = LlamaRMSNorm(D, eps=epsilon)
@@ -84,7 +123,7 @@ class DraftLayer(nn.Module):
         Returns:
             [..., H, Dh].
         """
-        return rotated(self._heads(self.self_attn.q_proj(inputs)), rotation)
+        return rotated(self.self_attn.query_heads(inputs), rotation)
 
     def keys_values(self, inputs: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Project the keys and values, and rotate the keys.
@@ -96,8 +135,7 @@ class DraftLayer(nn.Module):
         Returns:
             Keys and values, [..., G, Dh] each.
         """
-        keys = rotated(self._heads(self.self_attn.k_proj(inputs)), rotation)
-        return keys, self._heads(self.self_attn.v_proj(inputs))
+        return rotated(self.self_attn.key_heads(inputs), rotation), self.self_attn.value_heads(inputs)
 
     def queries_keys_values(self, inputs: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of the same tokens; one rotation turns both.
@@ -110,10 +148,9 @@ class DraftLayer(nn.Module):
             Queries [..., H, Dh]; keys and values, [..., G, Dh] each.
         """
         attention = self.self_attn
-        projected = torch.cat([attention.q_proj(inputs), attention.k_proj(inputs)], dim=-1)
-        turned = rotated(self._heads(projected), rotation)
+        turned = rotated(torch.cat([attention.query_heads(inputs), attention.key_heads(inputs)], dim=-2), rotation)
         num_queries = turned.shape[-2] - attention.num_groups
-        return turned[..., :num_queries, :], turned[..., num_queries:, :], self._heads(attention.v_proj(inputs))
+        return turned[..., :num_queries, :], turned[..., num_queries:, :], attention.value_heads(inputs)
 
     def finish(self, state: Tensor, attended: Tensor) -> Tensor:
         """Finish the layer behind attention: its output projection, and the MLP.
@@ -128,19 +165,16 @@ class DraftLayer(nn.Module):
         state = state + self.self_attn.o_proj(attended.flatten(-2))
         return state + self.mlp(rms_norm(self.post_attention_layernorm, state))
 
-    def _heads(self, projected: Tensor) -> Tensor:
-        return projected.unflatten(-1, (-1, self.self_attn.head_dim))
-
 
 class DeeperLayer(DraftLayer):
-    """A layer above the first: Llama's own, whose attention reads the norm of its residual input.
+    """A layer above the first: Llama's own or Qwen3's, whose attention reads the norm of its residual input.
 
     Args:
-        config: as of :class:`DraftLayer`.
+        config, head_norms: as of :class:`DraftLayer`.
     """
 
-    def __init__(self, config: LlamaConfig) -> None:
-        super().__init__(config, wide=False)
+    def __init__(self, config: LlamaConfig, head_norms: bool = False) -> None:
+        super().__init__(config, wide=False, head_norms=head_norms)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def inputs(self, embedded: Tensor, state: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from public_heads import READ, dflash
 from safetensors.torch import load_file, save_file
 
 from draftsmith.cli import main
-from draftsmith.models import TargetEnds
+from draftsmith.models import Eagle3, TargetEnds
+from draftsmith.models.families.block import BlockDrafter
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +84,20 @@ def test_our_own_folders_and_whole_models_are_told_too(
     shown = told(capsys, "--drafter", str(drafter), "--target", str(target))
     assert (shown["kind"], shown["layout"]) == ("ReDrafter", "draftsmith's")
     assert shown["target"] == str(target)
+    assert shown["residual blocks"] == str(json.loads((drafter / "config.json").read_text())["num_draft_layers"])
     shown = told(capsys, "--drafter", str(target))
     assert (shown["kind"], shown["architecture"]) == ("whole model (a draft LM)", "LlamaForCausalLM")
+
+
+def test_layers_of_our_own_heads_are_called_layers(
+    tmp_path: Path, ends: TargetEnds, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layers = ["layer.0.output"]
+    Eagle3.for_target(ends, layers=layers, num_draft_layers=2, head_norms=True).save_pretrained(tmp_path / "eagle3")
+    BlockDrafter.for_target(ends, layers=layers, num_draft_layers=2).save_pretrained(tmp_path / "block")
+    shown = told(capsys, "--drafter", str(tmp_path / "eagle3"))
+    assert (shown["layers of its own"], shown["norms of its heads"]) == ("2", "True")
+    assert told(capsys, "--drafter", str(tmp_path / "block"))["layers of its own"] == "2"
 
 
 def test_another_target_pickles_and_unknown_folders_are_errors(

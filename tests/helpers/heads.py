@@ -1,6 +1,6 @@
 """EAGLE heads of random weights for a target of eight layers, and their forward from nothing but a folder's files.
 
-The forward is written against Transformers' own Llama layer, so that it shares no line with ours.
+The forward is written against Transformers' own layers of Llama and Qwen3, so that it shares no line with ours.
 
 Shape legend: T text positions, D hidden, Vd draft vocabulary.
 """
@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from doubles import random_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from draftsmith.models import Eagle, Eagle3, Eagle3Config, PackedBatch, Target, data_rollout
 from draftsmith.models.families.eagle_base import EagleBase
@@ -127,12 +129,16 @@ class FilesForward:
     def __init__(self, folder: Path, target: Target) -> None:
         fields = json.loads((folder / "config.json").read_text())
         self.target, self.tensors, self.fields = target, load_file(folder / "model.safetensors"), fields
-        self.config = LlamaConfig.from_dict(fields.get("transformer_layer_config", fields))
+        layers = fields.get("transformer_layer_config", fields)
+        is_qwen3 = layers["model_type"] == "qwen3"
+        config_class: Any = Qwen3Config if is_qwen3 else LlamaConfig
+        decoder_layer: Any = Qwen3DecoderLayer if is_qwen3 else LlamaDecoderLayer
+        self.config = config_class.from_dict(layers)
         self.config._attn_implementation = "eager"
         prefix = "midlayer." if "midlayer.mlp.up_proj.weight" in self.tensors else "layers.0."
         own = {name.removeprefix(prefix): part for name, part in self.tensors.items() if name.startswith(prefix)}
         self.third = "hidden_norm.weight" in own
-        self.layer = LlamaDecoderLayer(self.config, 0)
+        self.layer = decoder_layer(self.config, 0)
         if self.third:
             for part in ("q_proj", "k_proj", "v_proj"):
                 shape = reversed(own[f"self_attn.{part}.weight"].shape)
@@ -141,7 +147,7 @@ class FilesForward:
         else:
             self.layer.input_layernorm = nn.Identity()
         self.layer.load_state_dict(own, strict=True)
-        self.deeper = [LlamaDecoderLayer(self.config, n) for n in range(1, self.config.num_hidden_layers)]
+        self.deeper = [decoder_layer(self.config, n) for n in range(1, self.config.num_hidden_layers)]
         for number, layer in enumerate(self.deeper, start=1):
             prefix = f"layers.{number}."
             parts = {name.removeprefix(prefix): part for name, part in self.tensors.items() if name.startswith(prefix)}

@@ -18,12 +18,18 @@ from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
 from draftsmith.export.layouts.embedding import NAME as EMBEDDING
 from draftsmith.export.layouts.embedding import embedding_rows, is_plain, refuse_other_embedding
-from draftsmith.export.layouts.llama import SIZES, SLIDING, layer_settings, llama_fields, sliding_layers
+from draftsmith.export.layouts.llama import (
+    SLIDING,
+    layer_settings,
+    llama_fields,
+    qwen3_kinds,
+    sliding_layers,
+    with_qwen3_defaults,
+)
 from draftsmith.export.layouts.readback import tensors_of
 from draftsmith.models.drafters.drafter_reader import assemble, module_table
 from draftsmith.models.families.block.block_config import BlockConfig
 from draftsmith.models.families.block.block_drafter import BlockDrafter
-from draftsmith.models.files.field_rules import COUNT_OR_ZERO, FLAG, Rule, check_fields
 from draftsmith.models.files.tables import Table, TensorSpec, membership, target_ids
 from draftsmith.models.target.ends import TargetEnds
 from draftsmith.models.target.target import PRE_NORM
@@ -49,7 +55,6 @@ _SELECTOR = {
     "correction.output.weight": "candidate_selector.successor_codebook",
     "correction.hidden_projection.weight": "candidate_selector.hidden_projection.weight",
 }
-_WHICH_SLIDE: dict[str, Rule] = {"max_window_layers": COUNT_OR_ZERO, "use_sliding_window": FLAG}
 MARKOV_TYPES = {"vanilla": "vanilla", "gated": "gated", "recurrent": "rnn"}
 """What DSpark's ``markov_head_type`` calls our corrections."""
 
@@ -158,17 +163,7 @@ def qwen3_settings(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
     Raises:
         ValueError: a size is missing, a field breaks its rule, or the layers compute what ours do not.
     """
-    defaults = Qwen3Config()
-    names = (
-        *SIZES[2:],
-        "num_key_value_heads",
-        "head_dim",
-        "rms_norm_eps",
-        "max_position_embeddings",
-        "num_hidden_layers",
-    )
-    whole = {name: getattr(defaults, name) for name in names}
-    whole |= {name: value for name, value in fields.items() if value is not None}
+    whole = {"num_hidden_layers": Qwen3Config().num_hidden_layers} | with_qwen3_defaults(fields)
     settings = layer_settings(whole, where, understood=("num_hidden_layers", "layer_types", "attention_bias"))
     settings |= {
         "num_draft_layers": int(whole["num_hidden_layers"]),
@@ -178,18 +173,13 @@ def qwen3_settings(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _windows(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The keyword arguments of :class:`BlockConfig` about sliding windows. Without ``layer_types``, Qwen3's rule says which layers slide.
+    """The keyword arguments of :class:`BlockConfig` about sliding windows.
 
     Raises:
         ValueError: a field breaks its rule, or they contradict each other.
     """
-    count, kinds = int(fields["num_hidden_layers"]), fields.get("layer_types")
-    if kinds is None:
-        given = {name: fields[name] for name in _WHICH_SLIDE if fields.get(name) is not None}
-        check_fields(given, _WHICH_SLIDE, where, "correct it by hand")
-        first = given.get("max_window_layers", Qwen3Config().max_window_layers)
-        slides = given.get("use_sliding_window", False) and fields.get("sliding_window") is not None
-        kinds = [SLIDING if slides and layer >= first else "" for layer in range(count)]
+    count = int(fields["num_hidden_layers"])
+    kinds = qwen3_kinds(fields, count, where)
     if SLIDING in kinds and len(kinds) != count:
         raise ValueError(f"{where} has {len(kinds)} layer_types and num_hidden_layers {count}; correct one of the two")
     window, layers = sliding_layers(fields, kinds, where)

@@ -22,24 +22,11 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from draftsmith.models.drafters.rollout import PackedBatch
-from draftsmith.models.families.eagle_layer import DraftAttention, rms_norm, rotated
+from draftsmith.models.families.eagle_layer import NormedAttention, rms_norm, rotated
 from draftsmith.models.slots.rollout_attention import Pair, RolloutAttention
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
-
-
-class NormedAttention(DraftAttention):
-    """The four projections, and the norms of the heads of queries and keys.
-
-    Args:
-        config: heads and sizes.
-    """
-
-    def __init__(self, config: LlamaConfig) -> None:
-        super().__init__(config, config.hidden_size)
-        self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
-        self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
 
 GROUP = 16
@@ -97,7 +84,7 @@ class BlockLayer(nn.Module):
         self.attention_conv = BlockConvolution(config.hidden_size) if convolution else None
         self.mlp_conv = BlockConvolution(config.hidden_size) if convolution else None
         D, epsilon = config.hidden_size, config.rms_norm_eps
-        self.self_attn = NormedAttention(config)
+        self.self_attn = NormedAttention(config, D)
         self.mlp = LlamaMLP(config)
         self.input_layernorm = LlamaRMSNorm(D, eps=epsilon)
         self.post_attention_layernorm = LlamaRMSNorm(D, eps=epsilon)
@@ -112,9 +99,7 @@ class BlockLayer(nn.Module):
         Returns:
             Keys and values, [..., G, Dh] each.
         """
-        attention = self.self_attn
-        keys = rms_norm(attention.k_norm, self._heads(attention.k_proj(inputs)))
-        return rotated(keys, rotation), self._heads(attention.v_proj(inputs))
+        return rotated(self.self_attn.key_heads(inputs), rotation), self.self_attn.value_heads(inputs)
 
     def queries(self, inputs: Tensor, rotation: Pair) -> Tensor:
         """Project and rotate the queries.
@@ -126,8 +111,7 @@ class BlockLayer(nn.Module):
         Returns:
             [..., H, Dh].
         """
-        attention = self.self_attn
-        return rotated(rms_norm(attention.q_norm, self._heads(attention.q_proj(inputs))), rotation)
+        return rotated(self.self_attn.query_heads(inputs), rotation)
 
     def inputs(self, states: Tensor) -> Tensor:
         """What attention reads of the slots of whole blocks: [..., S, D] -> [..., S, D]."""
@@ -152,9 +136,6 @@ class BlockLayer(nn.Module):
         if self.mlp_conv is None:
             return states + self.mlp(normed)
         return states + self.mlp_conv.after(normed, self.mlp(self.mlp_conv.before(normed)))
-
-    def _heads(self, projected: Tensor) -> Tensor:
-        return projected.unflatten(-1, (-1, self.self_attn.head_dim))
 
 
 class BlockAttention(RolloutAttention):

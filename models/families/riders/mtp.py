@@ -132,6 +132,20 @@ class MtpAttention(DraftAttention):
         self.k_norm = MtpNorm(Dh, config.rms_norm_eps, offset) if config.head_norms else None
         self.gate_proj = nn.Linear(D, queries, bias=False) if config.gated_attention else None
 
+    def query_heads(self, inputs: Tensor) -> Tensor:
+        """See :meth:`DraftAttention.query_heads`."""
+        heads: Tensor = super().query_heads(inputs)
+        if self.q_norm is not None:
+            heads = self.q_norm(heads)
+        return heads
+
+    def key_heads(self, inputs: Tensor) -> Tensor:
+        """See :meth:`DraftAttention.key_heads`."""
+        heads: Tensor = super().key_heads(inputs)
+        if self.k_norm is not None:
+            heads = self.k_norm(heads)
+        return heads
+
 
 class MtpLayer(DraftLayer):
     """A dense decoder layer with a norm before attention and one before the MLP.
@@ -156,12 +170,11 @@ class MtpLayer(DraftLayer):
 
     def queries(self, inputs: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
         """See :meth:`DraftLayer.queries`."""
-        return self._turned(self.self_attn.q_proj(inputs), self.self_attn.q_norm, rotation)
+        return self._turned(self.self_attn.query_heads(inputs), rotation)
 
     def keys_values(self, inputs: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """See :meth:`DraftLayer.keys_values`."""
-        keys = self._turned(self.self_attn.k_proj(inputs), self.self_attn.k_norm, rotation)
-        return keys, self._heads(self.self_attn.v_proj(inputs))
+        return self._turned(self.self_attn.key_heads(inputs), rotation), self.self_attn.value_heads(inputs)
 
     def queries_keys_values(self, inputs: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """See :meth:`DraftLayer.queries_keys_values`."""
@@ -175,11 +188,8 @@ class MtpLayer(DraftLayer):
         state = state + self.self_attn.o_proj(mixed)
         return state + self.mlp(self.post_attention_layernorm(state))
 
-    def _turned(self, projected: Tensor, norm: MtpNorm | None, rotation: tuple[Tensor, Tensor]) -> Tensor:
-        """Heads [..., H, Dh], normalised and turned in their first R numbers."""
-        heads = self._heads(projected)
-        if norm is not None:
-            heads = norm(heads)
+    def _turned(self, heads: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        """Heads [..., H, Dh], turned in their first R numbers."""
         R = rotation[0].shape[-1]
         if heads.shape[-1] == R:
             return rotated(heads, rotation)

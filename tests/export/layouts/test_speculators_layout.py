@@ -88,8 +88,8 @@ def test_it_needs_the_target_and_an_eagle_3(tmp_path: Path, deep_ends: TargetEnd
             "is a 'newer' of the speculators package, which draftsmith does not decode",
         ),
         ({"norm_before_residual": "yes"}, "norm_before_residual is 'yes', it must be true or false"),
-        ({"transformer_layer_config": {"model_type": "qwen3"}}, "is not a Llama layer's"),
-        ({"transformer_layer_config": None}, "is not a Llama layer's"),
+        ({"transformer_layer_config": {"model_type": "gemma"}}, "is not a Llama or Qwen3 layer's"),
+        ({"transformer_layer_config": None}, "is not a Llama or Qwen3 layer's"),
     ],
 )
 def test_other_speculators_are_refused(tmp_path: Path, deep_ends: TargetEnds, changes: dict, message: str) -> None:

@@ -1,7 +1,8 @@
-"""EAGLE-3 with several decoder layers: by hand, in decoding as in training, and in the folders of engines."""
+"""EAGLE-3 with several decoder layers, of Llama's kind or Qwen3's: by hand, in decoding as in training, and in the folders of engines."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +17,19 @@ from draftsmith.evaluate.doctor.tree_serving import tree_and_chain_logits
 from draftsmith.export.layouts.layouts import load_any, write
 from draftsmith.models import DraftLimits, Eagle3, Target, data_rollout
 from draftsmith.models.drafters.drafter_folder import load_drafter
+from draftsmith.models.families import eagle_base
 from draftsmith.models.families.eagle3 import Eagle3Family
+from draftsmith.models.slots.attention import attend
+from draftsmith.train.drafter.starting_drafter import adopt
 
 STEPS, LAYERS, MASK = 3, 3, 63
+ARCHITECTURES = {
+    ("eagle3", False): "LlamaForCausalLMEagle3",
+    ("eagle3", True): "Eagle3Qwen3ForCausalLM",
+    ("peagle", False): "PeagleLlamaForCausalLM",
+    ("peagle", True): "PeagleQwen3ForCausalLM",
+}
+LLAMA_OR_QWEN3 = pytest.mark.parametrize("head_norms", [False, True], ids=["Llama's layers", "Qwen3's layers"])
 KINDS = pytest.mark.parametrize("mask_token_id", [None, MASK], ids=["step by step", "in parallel"])
 
 
@@ -35,9 +46,10 @@ def made(target: Target, mask_token_id: int | None = None, **settings: object) -
     return drafter
 
 
+@LLAMA_OR_QWEN3
 @torch.no_grad()
-def test_every_step_is_that_of_llamas_layers_above_the_first(target: Target, tmp_path: Path) -> None:
-    drafter, anchor = made(target), 5
+def test_every_step_is_that_of_transformers_own_layers(target: Target, tmp_path: Path, head_norms: bool) -> None:
+    drafter, anchor = made(target, head_norms=head_norms), 5
     write(drafter, tmp_path, "eagle3", target.ends)
     files, logits = FilesForward(tmp_path, target), our_logits(target, drafter, STEPS)
     assert len(files.deeper) == LAYERS - 1
@@ -49,12 +61,13 @@ def test_every_step_is_that_of_llamas_layers_above_the_first(target: Target, tmp
 
 
 @KINDS
+@LLAMA_OR_QWEN3
 @pytest.mark.parametrize("window", [None, 5])
 @torch.no_grad()
 def test_decoding_has_the_logits_of_training_and_a_tree_those_of_its_chains(
-    target: Target, mask_token_id: int | None, window: int | None
+    target: Target, mask_token_id: int | None, window: int | None, head_norms: bool
 ) -> None:
-    drafter = made(target, mask_token_id, sliding_window=window)
+    drafter = made(target, mask_token_id, sliding_window=window, head_norms=head_norms)
     batch, roots = batch_of(target, drafter), [2, 7, 15]
     trained = trained_logits(drafter, batch, roots, STEPS)
     torch.testing.assert_close(served_logits(drafter, batch, roots, STEPS), trained, rtol=1e-4, atol=1e-4)
@@ -63,8 +76,11 @@ def test_decoding_has_the_logits_of_training_and_a_tree_those_of_its_chains(
 
 
 @KINDS
-def test_rows_of_different_lengths_get_the_targets_own_tokens(target: Target, mask_token_id: int | None) -> None:
-    drafter, prompts = made(target, mask_token_id), [[1, 5, 9], [1, 7, 7, 30, 2, 8, 8, 12, 40], [3]]
+@LLAMA_OR_QWEN3
+def test_rows_of_different_lengths_get_the_targets_own_tokens(
+    target: Target, mask_token_id: int | None, head_norms: bool
+) -> None:
+    drafter, prompts = made(target, mask_token_id, head_norms=head_norms), [[1, 5, 9], [1, 7, 7, 30, 2, 8, 8, 12, 40], [3]]
     for limits, temperature in (
         (DraftLimits(1, 1), 0.0),
         (DraftLimits(3, STEPS, node_budget=7), 0.0),
@@ -94,26 +110,32 @@ def test_after_many_cycles_a_draft_is_that_of_a_fresh_start(target: Target) -> N
 
 
 @KINDS
-def test_training_reaches_every_layer(target: Target, mask_token_id: int | None) -> None:
-    drafter = made(target, mask_token_id).train()
+@LLAMA_OR_QWEN3
+def test_training_reaches_every_layer(target: Target, mask_token_id: int | None, head_norms: bool) -> None:
+    drafter = made(target, mask_token_id, head_norms=head_norms).train()
     batch = batch_of(target, drafter)
     drafter.teacher_forced(batch, data_rollout(batch, STEPS)).square().sum().backward()
     layers = {name: part for name, part in drafter.named_parameters() if name.startswith(("midlayer.", "layers."))}
     assert [name for name, part in layers.items() if part.grad is None or not part.grad.abs().sum()] == []
+    assert sum(name.endswith(("q_norm.weight", "k_norm.weight")) for name in layers) == (2 * LAYERS if head_norms else 0)
 
 
+@LLAMA_OR_QWEN3
 @pytest.mark.parametrize(
     ("layout", "mask_token_id"), [("eagle3", None), ("speculators", None), ("speculators", MASK), ("peagle", MASK)]
 )
 @torch.no_grad()
 def test_a_folder_for_engines_comes_back_with_all_layers(
-    target: Target, tmp_path: Path, layout: str, mask_token_id: int | None
+    target: Target, tmp_path: Path, layout: str, mask_token_id: int | None, head_norms: bool
 ) -> None:
-    drafter = made(target, mask_token_id)
+    drafter = made(target, mask_token_id, head_norms=head_norms)
     notes = write(drafter, tmp_path, layout, target.ends)
     fields = json.loads((tmp_path / "config.json").read_text())
     layer = fields.get("transformer_layer_config", fields)
-    assert layer["num_hidden_layers"] == LAYERS
+    assert (layer["num_hidden_layers"], layer["model_type"]) == (LAYERS, "qwen3" if head_norms else "llama")
+    if layout != "speculators":
+        assert fields["architectures"] == [ARCHITECTURES[layout, head_norms]]
+    assert any("attention is Qwen3's" in note for note in notes) == (head_norms and layout != "speculators")
     names = load_file(tmp_path / "model.safetensors").keys()
     assert {name.split(".")[1] for name in names if name.startswith("layers.")} == {"0", "1", "2"}
     assert not [name for name in names if name.startswith("midlayer.")]
@@ -165,9 +187,59 @@ def test_a_folder_that_counts_other_layers_than_it_holds_is_refused(target: Targ
         load_any(tmp_path, target.ends)
 
 
-def test_an_engine_that_reads_one_layer_gets_no_folder(target: Target, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="several layers, which TensorRT-LLM does not read"):
+def test_an_engine_that_reads_one_layer_of_llamas_gets_no_folder(target: Target, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="this drafter has several layers, which TensorRT-LLM does not read"):
         write(made(target), tmp_path, "tensorrt-llm", target.ends)
+    with pytest.raises(ValueError, match="this drafter has head_norms, several layers, which TensorRT-LLM"):
+        write(made(target, head_norms=True), tmp_path, "tensorrt-llm", target.ends)
+
+
+def test_a_head_with_qwen3s_layers_is_trained_on(target: Target, tmp_path: Path) -> None:
+    write(made(target, head_norms=True), tmp_path, "eagle3", target.ends)
+    drafter = adopt(tmp_path, Eagle3Family(), target.ends, "")
+    assert isinstance(drafter, Eagle3)
+    assert drafter.training
+    batch = batch_of(target, drafter)
+    drafter.teacher_forced(batch, data_rollout(batch, STEPS)).square().sum().backward()
+    norms = [part for name, part in drafter.named_parameters() if "q_norm" in name or "k_norm" in name]
+    assert len(norms) == 2 * LAYERS
+    assert all(part.grad is not None and part.grad.abs().sum() > 0 for part in norms)
+    before = [part.detach().clone() for part in norms]
+    torch.optim.SGD(drafter.parameters(), 1e-3).step()
+    assert not any(torch.equal(part, other) for part, other in zip(norms, before, strict=True))
+    fresh = Eagle3Family(head_norms=True).build(target.ends, None, STEPS, "")
+    assert fresh.config.head_norms
+    assert all(torch.equal(part, torch.ones(16)) for name, part in fresh.named_parameters() if "q_norm" in name)
+
+
+def test_a_folder_that_says_qwen3_is_read_with_qwen3s_defaults_and_norms(target: Target, tmp_path: Path) -> None:
+    write(made(target, head_norms=True), tmp_path, "speculators", target.ends)
+    config, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
+    fields, tensors = json.loads(config.read_text()), load_file(weights)
+    layer = fields["transformer_layer_config"]
+
+    def read_with(**changes: object) -> Eagle3:
+        changed = {name: value for name, value in (layer | changes).items() if value != "absent"}
+        config.write_text(json.dumps(fields | {"transformer_layer_config": changed}))
+        drafter = load_any(tmp_path, target.ends)
+        assert isinstance(drafter, Eagle3)
+        return drafter
+
+    window = {"use_sliding_window": True, "sliding_window": 8}
+    assert read_with(**window).config.sliding_window is None, "of Qwen3's layers, those from number 28 on slide"
+    assert read_with(**window, max_window_layers=0).config.sliding_window == 8
+    with pytest.raises(ValueError, match="3 layers, 3 layer_types and 2 of them with sliding attention"):
+        read_with(**window, max_window_layers=1)
+    with pytest.raises(ValueError, match=r"q_norm\.weight is float32 \[16\], not"):
+        read_with(head_dim="absent")  # 128, whatever the hidden size is
+    with pytest.raises(ValueError, match="transformer_layer_config is not a Llama or Qwen3 layer's"):
+        read_with(model_type="gemma")
+    save_file({name: part for name, part in tensors.items() if "layers.1.self_attn.k_norm" not in name}, weights)
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.k_norm\.weight is missing"):
+        read_with()
+    save_file({name: part for name, part in tensors.items() if "_norm.weight" not in name.split("self_attn.")[-1]}, weights)
+    with pytest.raises(ValueError, match=r"self_attn\.q_norm\.weight is missing"):
+        read_with()
 
 
 @pytest.mark.parametrize("layout", ["peagle", "speculators"])
@@ -209,3 +281,31 @@ def test_an_embedding_that_is_the_targets_is_borrowed(target: Target, tmp_path: 
     again = load_any(tmp_path, target.ends)
     assert isinstance(again, Eagle3)
     assert again.embed_tokens is None
+
+
+@KINDS
+@torch.no_grad()
+def test_autocast_computes_every_step_and_in_narrower_numbers(target: Target, mask_token_id: int | None) -> None:
+    drafter = made(target, mask_token_id)
+    batch = batch_of(target, drafter)
+    rollout = data_rollout(batch, STEPS)
+    exact = drafter.teacher_forced(batch, rollout)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = drafter.teacher_forced(batch, rollout)
+    torch.testing.assert_close(narrow.float(), exact, rtol=0.1, atol=0.1 * float(exact.std()))
+    assert not torch.equal(narrow.float(), exact)
+
+
+def test_layers_read_a_prompt_over_the_slots_that_it_has_filled(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drafter, prompt, seen = made(target), list(range(2, 12)), list[int]()
+
+    def watched(queries: torch.Tensor, keys: torch.Tensor, *rest: Any) -> torch.Tensor:
+        seen.append(keys.shape[2])
+        return attend(queries, keys, *rest)
+
+    monkeypatch.setattr(eagle_base, "attend", watched)
+    engine = Engine(target, drafter, DraftLimits(1, STEPS), prefill_chunk=4)
+    engine.generate([prompt], GenerationSettings(max_new_tokens=4))
+    assert seen[: 3 * (LAYERS - 1)] == [4, 4, 8, 8, 10, 10]
