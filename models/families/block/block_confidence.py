@@ -27,9 +27,7 @@ class ConfidenceHead(nn.Module):
         with_markov: read them; False reads the slot's state alone.
     """
 
-    def __init__(
-        self, hidden_size: int, correction: Correction | LookAround | None, with_markov: bool = True
-    ) -> None:
+    def __init__(self, hidden_size: int, correction: Correction | LookAround | None, with_markov: bool = True) -> None:
         super().__init__()
         self.with_markov = with_markov
         rank = correction.tokens.embedding_dim if with_markov and isinstance(correction, MarkovCorrection) else 0

@@ -160,7 +160,9 @@ def test_shapes_kept_with_another_shared_pool_are_not_drafted(
     assert kept is not None
     assert load_drafter(folder).kept_shapes(model) == kept.shapes
     SharedPool.of([[1, 2, 4]], vocab_size).save(pool)
-    with pytest.warns(UserWarning, match="is not used: it was measured with .* another content of a folder that the config names"):
+    with pytest.warns(
+        UserWarning, match="is not used: it was measured with .* another content of a folder that the config names"
+    ):
         assert load_drafter(folder).kept_shapes(model) is None
     SharedPool.of([[1, 2, 3]], vocab_size).save(pool)
     assert load_drafter(folder).kept_shapes(model) == kept.shapes

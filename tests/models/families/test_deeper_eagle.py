@@ -80,7 +80,10 @@ def test_decoding_has_the_logits_of_training_and_a_tree_those_of_its_chains(
 def test_rows_of_different_lengths_get_the_targets_own_tokens(
     target: Target, mask_token_id: int | None, head_norms: bool
 ) -> None:
-    drafter, prompts = made(target, mask_token_id, head_norms=head_norms), [[1, 5, 9], [1, 7, 7, 30, 2, 8, 8, 12, 40], [3]]
+    drafter, prompts = (
+        made(target, mask_token_id, head_norms=head_norms),
+        [[1, 5, 9], [1, 7, 7, 30, 2, 8, 8, 12, 40], [3]],
+    )
     for limits, temperature in (
         (DraftLimits(1, 1), 0.0),
         (DraftLimits(3, STEPS, node_budget=7), 0.0),
@@ -117,7 +120,9 @@ def test_training_reaches_every_layer(target: Target, mask_token_id: int | None,
     drafter.teacher_forced(batch, data_rollout(batch, STEPS)).square().sum().backward()
     layers = {name: part for name, part in drafter.named_parameters() if name.startswith(("midlayer.", "layers."))}
     assert [name for name, part in layers.items() if part.grad is None or not part.grad.abs().sum()] == []
-    assert sum(name.endswith(("q_norm.weight", "k_norm.weight")) for name in layers) == (2 * LAYERS if head_norms else 0)
+    assert sum(name.endswith(("q_norm.weight", "k_norm.weight")) for name in layers) == (
+        2 * LAYERS if head_norms else 0
+    )
 
 
 @LLAMA_OR_QWEN3
@@ -237,7 +242,9 @@ def test_a_folder_that_says_qwen3_is_read_with_qwen3s_defaults_and_norms(target:
     save_file({name: part for name, part in tensors.items() if "layers.1.self_attn.k_norm" not in name}, weights)
     with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.k_norm\.weight is missing"):
         read_with()
-    save_file({name: part for name, part in tensors.items() if "_norm.weight" not in name.split("self_attn.")[-1]}, weights)
+    save_file(
+        {name: part for name, part in tensors.items() if "_norm.weight" not in name.split("self_attn.")[-1]}, weights
+    )
     with pytest.raises(ValueError, match=r"self_attn\.q_norm\.weight is missing"):
         read_with()
 

@@ -126,7 +126,9 @@ def test_fitting_shapes_are_used_and_named(tmp_path: Path, caplog: pytest.LogCap
 def test_shapes_measured_with_another_pool_are_left_and_those_that_tell_none_are_used(tmp_path: Path) -> None:
     path = replace(KEPT, drafter_fingerprint="ef34").write(tmp_path)
     assert fitting_shapes(tmp_path, "cpu", "ab12", "ef34") == SHAPES
-    with pytest.warns(UserWarning, match="is not used: it was measured with another config of this drafter, or another"):
+    with pytest.warns(
+        UserWarning, match="is not used: it was measured with another config of this drafter, or another"
+    ):
         assert fitting_shapes(tmp_path, "cpu", "ab12", "gh56") is None
     fields = json.loads(path.read_bytes())
     del fields["drafter_fingerprint"]
