@@ -36,7 +36,7 @@ LAYOUTS: dict[str, tuple[str, type[Any], dict[str, Any]]] = {
     "DSpark of speculators": ("speculators", BlockDrafter, BLOCK | DSPARK),
     "P-EAGLE": ("peagle", Eagle3, {"draft_token_ids": IDS, "mask_token_id": 63}),
     "P-EAGLE of speculators": ("speculators", Eagle3, {"draft_token_ids": IDS, "mask_token_id": 63}),
-    "Qwen3's of speculators": ("speculators", Eagle3, {"head_norms": True}),
+    "Qwen3's of speculators": ("speculators", Eagle3, {"draft_token_ids": IDS, "head_norms": True}),
     "Medusa": ("medusa", HeadsDrafter, {"head": "per_step", "draft_token_ids": IDS, "num_draft_steps": 3}),
     "MLP": ("mlp_speculator", HeadsDrafter, {"network": "mlp", "tied": False, "head": "per_step"}),
     "MTP": ("mtp", MtpHead, {}),
