@@ -227,8 +227,7 @@ def tune(
     config = _fields(settings, grid, timing, load, vocabulary, refinement, selection, where, rendering)
     with exclusive(out):
         report = _tuned(out, model, candidate, samples, settings, grid, timing, load.rows, vocabulary, refinement)
-        kept = _keep(report, model, candidate.drafter, entry.path, drafter) if load.keep else ""
-        report = replace(report, kept=kept)
+        report = replace(report, kept=_keep(report, model, candidate, entry.path, drafter) if load.keep else "")
         _write(out, report, provenance.record(provenance.command_line(), config, inputs))
     _print_fastest(report, out / "tune.md")
 
@@ -382,9 +381,9 @@ def _alphas(
         )
 
 
-def _keep(report: TuneReport, target: Target, drafter: Drafter, folder: Path, word: str) -> str:
+def _keep(report: TuneReport, target: Target, candidate: Candidate, folder: Path, word: str) -> str:
     """Keep the shapes in the drafter's folder; what became of it, in words."""
-    return keep(report.by_rows, target, folder, is_folder_of_the_caller(word), drafter.drafts_from())
+    return keep(report.by_rows, target, folder, is_folder_of_the_caller(word), candidate.drafter.drafts_from())
 
 
 def is_folder_of_the_caller(word: str) -> bool:

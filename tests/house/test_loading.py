@@ -58,7 +58,6 @@ def test_one_module_asks_a_config_for_its_context() -> None:
         "models/target/context.py",
         "models/families/eagle_config.py",
         "models/trunk/shrink.py",
-        "export/layouts/block/qwen3.py",
         "export/layouts/llama.py",
         "train/embedded_lm/module.py",
     }
