@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from draftsmith.data.formats import Message
-from draftsmith.files import atomic_write, read_jsonl
+from draftsmith.files import atomic_file, read_jsonl
 from draftsmith.foreign import json_text
 from draftsmith.json_rows import Dropped, shown_row
 
@@ -309,13 +309,15 @@ def read_answers(path: Path, dropped: list[Dropped] | None = None) -> Iterator[A
 
 
 def write_answers(path: Path, answers: Iterable[Answer]) -> None:
-    """Writes answers as JSON lines, all or nothing.
+    """Writes answers as JSON lines, all or nothing. None of them is kept.
 
     Args:
         path: the file.
         answers: in order.
     """
-    atomic_write(path, "".join(json_text(to_row(answer)) + "\n" for answer in answers))
+    with atomic_file(path) as file:
+        for answer in answers:
+            file.write(f"{json_text(to_row(answer))}\n".encode())
 
 
 def _label(row: Mapping[str, Any], place: str) -> Label | None:

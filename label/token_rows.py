@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from draftsmith.files import atomic_write, read_jsonl
+from draftsmith.files import atomic_file, read_jsonl
 from draftsmith.foreign import json_text
 from draftsmith.label.schema import refusal
 from draftsmith.label.token_labels import CORRECT, IGNORED, WRONG
@@ -44,13 +44,15 @@ _FIELDS = tuple(LabelledRow.__dataclass_fields__)
 
 
 def write_rows(path: Path, rows: Iterable[LabelledRow]) -> None:
-    """Replaces the file as a whole.
+    """Replaces the file as a whole. No row is kept; an error on the way leaves the file as it was.
 
     Args:
         path: the file.
         rows: in order.
     """
-    atomic_write(path, "".join(json_text(asdict(row)) + "\n" for row in rows))
+    with atomic_file(path) as file:
+        for row in rows:
+            file.write(f"{json_text(asdict(row))}\n".encode())
 
 
 def read_rows(path: Path) -> Iterator[LabelledRow]:

@@ -239,7 +239,7 @@ def _report(out: Path, kept: Sequence[Answer], tally: Tally, num_questions: int,
 
 
 def _add(store: str, kept: Sequence[Answer], adder: str) -> None:
-    with Store(store, create=True) as opened:
+    with Store(store, create=True, with_first_rows=True) as opened:
         added = opened.add(kept, adder)
         print(f"{opened.name}: {added.items} new answers and {added.labels} new labels")
 

@@ -6,8 +6,10 @@ and which answers are left out. Knows nothing of caches and training.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -19,6 +21,7 @@ from draftsmith.data.prompts import say_dropped
 from draftsmith.data.tokens import ChatTemplate, chat_of
 from draftsmith.foreign import visible
 from draftsmith.json_rows import Dropped, summary
+from draftsmith.label.distinct import Distinct
 from draftsmith.label.row_checks import SILENT, UNPLACED, UNTOUCHED, LeftOut, RowChecks
 from draftsmith.label.schema import Answer, deciding, read_answers
 from draftsmith.label.store.database import database_file
@@ -52,6 +55,23 @@ class MadeRows:
     left_out: list[tuple[str, str]] = field(default_factory=list)
     num_realigned: int = 0
     num_disputed: int = 0
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What became of one answer.
+
+    Attributes:
+        row: None where the answer is left out.
+        left_out: why; None where there is a row.
+        is_realigned: it was labelled on another tokenizer's tokens.
+        is_disputed: its labels contradict each other.
+    """
+
+    row: LabelledRow | None
+    left_out: LeftOut | None = None
+    is_realigned: bool = False
+    is_disputed: bool = False
 
 
 def rows(
@@ -94,16 +114,15 @@ def rows(
     if (store is None) == (answers is None):
         raise ValueError("give either a store (--store) or a file of answers (--answers), and not both")
     check_output_file(out, filter(None, [Path(target), answers, None if store is None else database_file(store)]))
-    labelled = _read(store, answers)
-    revision, trust = where.revision, where.trust_remote_code
-    tokenizer = where.tokenizer(target)
-    length = max_length or context_of(read_config(resolve(target, revision), trust))
-    chat = chat_of(target, tokenizer, rendering.template, revision, trust, rendering.options)
-    made = make_rows(labelled, tokenizer, chat, after, length, step)
-    if not one_class:
-        _refuse_one_class(made, store or str(answers))
-    write_rows(out, made.rows)
-    _tell(made, out)
+    with contextlib.ExitStack() as opened:
+        groups = _groups_of(store, answers, opened)
+        revision, trust = where.revision, where.trust_remote_code
+        tokenizer = where.tokenizer(target)
+        length = max_length or context_of(read_config(resolve(target, revision), trust))
+        chat = chat_of(target, tokenizer, rendering.template, revision, trust, rendering.options)
+        counts = _RowCounts(opened.enter_context(Distinct()), None if one_class else store or str(answers))
+        write_rows(out, counts.rows(_outcomes(groups, RowChecks(tokenizer, chat, length), after, step)))
+    counts.tell(out)
 
 
 def make_rows(
@@ -130,6 +149,22 @@ def make_rows(
         ValueError: two answers have one id.
     """
     made = MadeRows()
+    for outcome in _outcomes(_by_id(answers), RowChecks(tokenizer, chat, max_length), after, step):
+        if outcome.row is not None:
+            made.rows.append(outcome.row)
+        if outcome.left_out is not None:
+            made.left_out.append((outcome.left_out.detail, outcome.left_out.reason))
+        made.num_realigned += outcome.is_realigned
+        made.num_disputed += outcome.is_disputed
+    return made
+
+
+def _by_id(answers: Iterable[Answer]) -> Iterable[list[Answer]]:
+    """The labelled answers of each id, wherever they stand.
+
+    Raises:
+        ValueError: two answers have one id.
+    """
     by_id: dict[str, list[Answer]] = {}
     for answer in answers:
         group = by_id.setdefault(answer.id, [])
@@ -137,14 +172,18 @@ def make_rows(
             raise ValueError(f"{answer.id}: two answers have this id; give each an id of its own, or none")
         if answer.label is not None:
             group.append(answer)
-    checks = RowChecks(tokenizer, chat, max_length)
-    for group in by_id.values():
-        if group:
-            try:
-                _add(made, deciding(group), checks, after, step)
-            except LeftOut as reason:
-                made.left_out.append((reason.detail, reason.reason))
-    return made
+    return filter(None, by_id.values())
+
+
+def _outcomes(
+    groups: Iterable[Sequence[Answer]], checks: RowChecks, after: After, step: StepRule
+) -> Iterator[_Outcome]:
+    """What becomes of each answer, which is one group of labels."""
+    for group in groups:
+        try:
+            yield _row_of(deciding(group), checks, after, step)
+        except LeftOut as reason:
+            yield _Outcome(None, reason)
 
 
 def merged_labels(several: Sequence[Sequence[int]]) -> tuple[list[int], bool]:
@@ -170,8 +209,12 @@ def merged_labels(several: Sequence[Sequence[int]]) -> tuple[list[int], bool]:
     return merged, False
 
 
-def _add(made: MadeRows, group: Sequence[Answer], checks: RowChecks, after: After, step: StepRule) -> None:
-    """Adds the row of an answer, or raises `LeftOut`."""
+def _row_of(group: Sequence[Answer], checks: RowChecks, after: After, step: StepRule) -> _Outcome:
+    """The row of an answer.
+
+    Raises:
+        LeftOut: it gives none.
+    """
     first = group[0]
     placed = [answer for answer in group if answer.label is not None and answer.label.verdict != "unplaced"]
     # One who finds no error does not place the error of another.
@@ -185,61 +228,94 @@ def _add(made: MadeRows, group: Sequence[Answer], checks: RowChecks, after: Afte
     prompt_ids, reply_ids = checks.token_ids(first)
     if set(labels) <= {IGNORED}:
         raise LeftOut(first.id, SILENT)
-    made.num_disputed += disputed
-    made.num_realigned += any(
-        answer.tokens is not None and answer.tokens.tokenizer != tokens.tokenizer for answer in placed
-    )
+    realigned = any(answer.tokens is not None and answer.tokens.tokenizer != tokens.tokenizer for answer in placed)
     how = "+".join(sorted({answer.label.how for answer in placed if answer.label is not None}))
-    made.rows.append(LabelledRow(first.id, first.question(), first.source, how, prompt_ids, reply_ids, labels))
+    row = LabelledRow(first.id, first.question(), first.source, how, prompt_ids, reply_ids, labels)
+    return _Outcome(row, None, realigned, disputed)
 
 
-def _read(store: str | None, answers: Path | None) -> list[Answer]:
-    if answers is not None:
-        dropped: list[Dropped] = []
-        labelled = list(read_answers(answers, dropped))
-        if not labelled:
-            raise ValueError(f"no line of {answers} is an answer; {summary(dropped)}")
-        say_dropped(dropped)
-        return labelled
-    assert store is not None
-    with Store(store) as opened:
-        return opened.answers()
+def _groups_of(store: str | None, answers: Path | None, opened: contextlib.ExitStack) -> Iterable[Sequence[Answer]]:
+    """The labels of each answer: of a store, one answer after the other; of a file, in which they may stand anywhere, all at once."""
+    if store is not None:
+        streamed = opened.enter_context(Store(store)).stream()
+        return (list(group) for _, group in itertools.groupby(streamed, key=lambda answer: answer.id))
+    assert answers is not None
+    dropped: list[Dropped] = []
+    labelled = list(read_answers(answers, dropped))
+    if not labelled:
+        raise ValueError(f"no line of {answers} is an answer; {summary(dropped)}")
+    say_dropped(dropped)
+    return _by_id(labelled)
 
 
-def _counts(made: MadeRows) -> Counter[int]:
-    return Counter(label for row in made.rows for label in row.labels)
+class _RowCounts:
+    """Counts what became of answers on their way into a file.
 
+    Args:
+        questions: counts the different questions.
+        both_in: the source whose rows must have both classes of tokens; None where one class is enough.
+    """
 
-def _refuse_one_class(made: MadeRows, source: str) -> None:
-    counts = _counts(made)
-    if counts[CORRECT] and counts[WRONG]:
-        return
-    left_out = f" ({_reasons(made)})" if made.left_out else ""
-    raise ValueError(
-        f"{source} gives {counts[CORRECT]} correct and {counts[WRONG]} wrong tokens, {len(made.left_out)} answers left out{left_out}; a "
-        "judge learns from both kinds; label more answers"
-    )
+    def __init__(self, questions: Distinct, both_in: str | None) -> None:
+        self._questions = questions
+        self._both_in = both_in
+        self._num_rows = self._num_realigned = self._num_disputed = 0
+        self._labels: Counter[int] = Counter()
+        self._reasons: Counter[str] = Counter()
+        self._example = ""
 
+    def rows(self, outcomes: Iterable[_Outcome]) -> Iterator[LabelledRow]:
+        """Counts outcomes.
 
-def _reasons(made: MadeRows) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in Counter(why for _, why in made.left_out).most_common())
+        Args:
+            outcomes: of all answers.
 
+        Yields:
+            the rows.
 
-def _tell(made: MadeRows, out: Path) -> None:
-    counts = _counts(made)
-    questions = len({row.question for row in made.rows})
-    print(
-        f"{len(made.rows)} rows of {questions} questions in {out}: {counts[CORRECT]} correct, {counts[WRONG]} wrong and "
-        f"{counts[IGNORED]} ignored tokens"
-    )
-    if made.num_realigned:
+        Raises:
+            ValueError: behind the last row, where they have one class of tokens and need both.
+        """
+        for outcome in outcomes:
+            self._num_realigned += outcome.is_realigned
+            self._num_disputed += outcome.is_disputed
+            if outcome.left_out is not None:
+                self._example = self._example or f"{outcome.left_out.detail}: {outcome.left_out.reason}"
+                self._reasons[outcome.left_out.reason] += 1
+            if outcome.row is not None:
+                self._num_rows += 1
+                self._questions.add(outcome.row.question)
+                self._labels.update(outcome.row.labels)
+                yield outcome.row
+        if self._both_in is not None and not (self._labels[CORRECT] and self._labels[WRONG]):
+            left_out = f" ({self._all_reasons()})" if self._reasons else ""
+            raise ValueError(
+                f"{self._both_in} gives {self._labels[CORRECT]} correct and {self._labels[WRONG]} wrong tokens, "
+                f"{self._reasons.total()} answers left out{left_out}; a judge learns from both kinds; label more answers"
+            )
+
+    def _all_reasons(self) -> str:
+        return ", ".join(f"{count} {reason}" for reason, count in self._reasons.most_common())
+
+    def tell(self, out: Path) -> None:
+        """Prints the counts.
+
+        Args:
+            out: the file of the rows.
+        """
         print(
-            f"{made.num_realigned} answers were labelled on another tokenizer's tokens; their labels were placed by characters"
+            f"{self._num_rows} rows of {self._questions.count} questions in {out}: {self._labels[CORRECT]} correct, "
+            f"{self._labels[WRONG]} wrong and {self._labels[IGNORED]} ignored tokens"
         )
-    if made.num_disputed:
-        print(
-            f"{made.num_disputed} answers have labels that contradict each other; their tokens are ignored from there on"
-        )
-    if made.left_out:
-        example, reason = made.left_out[0]
-        print(visible(f"{len(made.left_out)} answers left out: {_reasons(made)} (first: {example}: {reason})"))
+        if self._num_realigned:
+            print(
+                f"{self._num_realigned} answers were labelled on another tokenizer's tokens; their labels were placed by characters"
+            )
+        if self._num_disputed:
+            print(
+                f"{self._num_disputed} answers have labels that contradict each other; their tokens are ignored from there on"
+            )
+        if self._reasons:
+            print(
+                visible(f"{self._reasons.total()} answers left out: {self._all_reasons()} (first: {self._example})")
+            )

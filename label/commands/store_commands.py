@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +21,7 @@ from draftsmith.files import atomic_file
 from draftsmith.foreign import one_line, visible
 from draftsmith.hub_options import OWN_FILES, HubOptions
 from draftsmith.label.commands.entry_options import UNNAMED, EntryOptions
+from draftsmith.label.distinct import Distinct
 from draftsmith.label.formats import label_studio
 from draftsmith.label.formats.counting import FirstStep
 from draftsmith.label.formats.detection import Format
@@ -36,6 +37,7 @@ After = Literal["ignored", "wrong"]
 
 _SHOWN = 5
 _SHOWN_ANSWERS = 1000
+_TOKEN_KINDS = ("correct", "wrong", "ignored")
 
 
 def import_answers(
@@ -82,7 +84,7 @@ def import_answers(
         if not first:
             reason = f"; the first: {unused.shown[0]}" if unused.shown else ""
             raise RefusedFile(f"no row of {source} gives an answer, {unused.count} are left out{reason}")
-        with Store(store, create=True) as opened:
+        with Store(store, create=True, with_first_rows=True) as opened:
             with progress("import", None, "answers", brief=True) as advance:
                 coming = _shown(itertools.chain(first, answers), advance)
                 added = opened.add(coming, entry.adder())
@@ -172,26 +174,65 @@ def export_answers(
     if target is not None and format == "label-studio":
         raise ValueError("label-studio's JSON has no place for tokens; leave --target out, or export answers")
     check_output_file(out, filter(None, [database_file(store)]))
+    tally = _Tally()
     with Store(store) as opened:
-        answers = opened.answers(unlabelled)
-    if decided:
-        answers = _decided(answers)
-    if not answers:
-        raise ValueError(f"{store} has no labelled answer; import or label some first, or add --unlabelled true")
-    if target is not None:
-        answers = _tokenized(answers, target, where)
-    if format == "answers":
-        write_answers(out, answers)
-    else:
-        label_studio.write_tasks(out, answers)
-    print(f"{len(answers)} lines of {len({answer.id for answer in answers})} answers in {out}: {_verdicts(answers)}")
+        answers = opened.stream(unlabelled)
+        if decided:
+            answers = _decided(answers)
+        if target is not None:
+            answers = _tokenized(answers, target, where)
+        # Before a file is begun: a store without answers writes none.
+        first = list(itertools.islice(answers, 1))
+        if not first:
+            raise ValueError(f"{store} has no labelled answer; import or label some first, or add --unlabelled true")
+        coming = tally.counting(itertools.chain(first, answers))
+        if format == "answers":
+            write_answers(out, coming)
+        else:
+            label_studio.write_tasks(out, coming)
+    print(f"{tally.verdicts.total()} lines of {tally.num_items} answers in {out}: {_counts(tally.verdicts)}")
 
 
-def _decided(answers: Sequence[Answer]) -> list[Answer]:
-    by_id: dict[str, list[Answer]] = {}
-    for answer in answers:
-        by_id.setdefault(answer.id, []).append(answer)
-    return [answer for group in by_id.values() for answer in deciding(group)]
+class _Tally:
+    """Counts answers that come by, those of one id together: lines by verdict, ids, and verdicts by source, model and annotator.
+
+    Attributes:
+        verdicts: of the lines.
+        num_items: different answers.
+        groups: the verdicts of each source, model and annotator, by what it is.
+    """
+
+    def __init__(self) -> None:
+        self.verdicts: Counter[str] = Counter()
+        self.num_items = 0
+        self.groups: dict[str, dict[str, Counter[str]]] = {"source": {}, "model": {}, "labelled by": {}}
+
+    def counting(self, answers: Iterable[Answer]) -> Iterator[Answer]:
+        """Counts answers on their way.
+
+        Args:
+            answers: those of one id together.
+
+        Yields:
+            each of them.
+        """
+        last = None
+        for answer in answers:
+            self.num_items += answer.id != last
+            last = answer.id
+            verdict = _verdict(answer)
+            self.verdicts[verdict] += 1
+            label = answer.label
+            by = "nobody" if label is None else f"{label.labelled_by} ({label.how})"
+            names = (f"{answer.source} ({answer.licence})", answer.model, by)
+            for group, name in zip(self.groups.values(), names, strict=True):
+                group.setdefault(name, Counter())[verdict] += 1
+            yield answer
+
+
+def _decided(answers: Iterable[Answer]) -> Iterator[Answer]:
+    for _, labelled in itertools.groupby(answers, key=lambda answer: answer.id):
+        yield from deciding(list(labelled))
 
 
 def stats(
@@ -208,35 +249,21 @@ def stats(
         after: what the tokens behind the first error count as.
         where: how the target's files are read; see `HubOptions`.
     """
-    with Store(store) as opened:
-        answers = opened.answers(unlabelled=True)
+    tally, tokens = _Tally(), Counter[str]()
+    with Store(store) as opened, Distinct() as questions:
         num_entries = opened.num_entries()
-    num_items = len({answer.id for answer in answers})
-    num_questions = len({answer.question() for answer in answers})
-    print(f"{num_items} answers to {num_questions} questions, {num_entries} entries in the log: {_verdicts(answers)}")
-    for title, names in _groups(answers).items():
-        for name in sorted(set(names)):
-            chosen = [answer for answer, own in zip(answers, names, strict=True) if own == name]
-            print(visible(f"{title} {name}: {_verdicts(chosen)}"))
+        answers = tally.counting(opened.stream(unlabelled=True))
+        if target is not None:
+            answers = _with_token_counts(answers, target, after, where, tokens)
+        for answer in answers:
+            questions.add(answer.question())
+    size = f"{tally.num_items} answers to {questions.count} questions, {num_entries} entries in the log"
+    print(f"{size}: {_counts(tally.verdicts)}")
+    for title, names in tally.groups.items():
+        for name, verdicts in sorted(names.items()):
+            print(visible(f"{title} {name}: {_counts(verdicts)}"))
     if target is not None:
-        counts = _token_counts(answers, target, after, where)
-        text = ", ".join(f"{count} {name}" for name, count in counts.items())
-        print(f"tokens of {target}: {text}")
-
-
-def _groups(answers: Sequence[Answer]) -> dict[str, list[str]]:
-    return {
-        "source": [f"{answer.source} ({answer.licence})" for answer in answers],
-        "model": [answer.model for answer in answers],
-        "labelled by": [
-            "nobody" if answer.label is None else f"{answer.label.labelled_by} ({answer.label.how})"
-            for answer in answers
-        ],
-    }
-
-
-def _verdicts(answers: Sequence[Answer]) -> str:
-    return _counts(Counter(map(_verdict, answers)))
+        print(f"tokens of {target}: {', '.join(f'{tokens[name]} {name}' for name in _TOKEN_KINDS)}")
 
 
 def _verdict(answer: Answer) -> str:
@@ -248,20 +275,24 @@ def _counts(verdicts: Counter[str]) -> str:
     return ", ".join(f"{verdicts[name]} {name}" for name in order if verdicts[name]) or "none"
 
 
-def _tokenized(answers: Sequence[Answer], target: str, where: HubOptions) -> list[Answer]:
+def _tokenized(answers: Iterable[Answer], target: str, where: HubOptions) -> Iterator[Answer]:
     # Only here: these imports bring torch, which the other ways do not need.
     from draftsmith.label.token_labels import tokenize
     from draftsmith.models.files.loading import load_tokenizer
 
     tokenizer = load_tokenizer(target, where.revision, where.trust_remote_code)
-    return [replace(answer, tokens=tokenize(answer.response, tokenizer)) for answer in answers]
+    for answer in answers:
+        yield replace(answer, tokens=tokenize(answer.response, tokenizer))
 
 
-def _token_counts(answers: Sequence[Answer], target: str, after: After, where: HubOptions) -> dict[str, int]:
+def _with_token_counts(
+    answers: Iterable[Answer], target: str, after: After, where: HubOptions, counts: Counter[str]
+) -> Iterator[Answer]:
+    """Counts the labelled tokens of answers on their way."""
     from draftsmith.label.token_labels import CORRECT, IGNORED, WRONG, token_labels
 
-    counts: Counter[int] = Counter()
+    names = dict(zip((CORRECT, WRONG, IGNORED), _TOKEN_KINDS, strict=True))
     for answer in _tokenized(answers, target, where):
         assert answer.tokens is not None
-        counts.update(token_labels(answer, answer.tokens.offsets, after))
-    return {"correct": counts[CORRECT], "wrong": counts[WRONG], "ignored": counts[IGNORED]}
+        counts.update(names[label] for label in token_labels(answer, answer.tokens.offsets, after))
+        yield answer

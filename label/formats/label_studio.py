@@ -6,13 +6,14 @@ configuration that fits.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 from draftsmith.data.formats import Message
-from draftsmith.files import atomic_write
+from draftsmith.files import atomic_file
 from draftsmith.foreign import json_text
 from draftsmith.label.schema import Answer, How, Label, Span, Verdict, is_keepable, refusal, replaced_names
 from draftsmith.label.store.label_source import LabelSource
@@ -56,18 +57,24 @@ def read_task(task: Mapping[str, Any], place: str, origin: LabelSource) -> Itera
 def write_tasks(path: Path, answers: Iterable[Answer]) -> None:
     """Writes answers as tasks that Label Studio imports, all or nothing; `read_task` gives the same answers back.
 
-    The labels of one answer become the annotations of one task. Tokens are left out: spans are of characters.
+    The labels of one answer become the annotations of one task. Tokens are left out: spans are of characters. One task is held at a time.
 
     Args:
         path: the file to write.
-        answers: with labels or without.
+        answers: with labels or without; those of one id stand together.
     """
-    tasks: dict[str, dict[str, Any]] = {}
-    for answer in answers:
-        task = tasks.setdefault(answer.id, {"data": _data(answer), "annotations": []})
-        if answer.label is not None:
-            task["annotations"].append({"result": _result(answer.label, answer.response)})
-    atomic_write(path, json_text(list(tasks.values()), indent=1) + "\n")
+    with atomic_file(path) as file:
+        file.write(b"[")
+        for number, (_, labelled) in enumerate(itertools.groupby(answers, key=lambda answer: answer.id)):
+            task = json_text(_task(list(labelled)), indent=1).replace("\n", "\n ")
+            file.write(f"{',' if number else ''}\n {task}".encode())
+        file.write(b"\n]\n")
+
+
+def _task(labelled: Sequence[Answer]) -> dict[str, Any]:
+    """The task of one answer and its labels."""
+    results = [_result(answer.label, answer.response) for answer in labelled if answer.label is not None]
+    return {"data": _data(labelled[0]), "annotations": [{"result": result} for result in results]}
 
 
 def _data(answer: Answer) -> dict[str, Any]:

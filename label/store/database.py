@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,32 +47,51 @@ class Database:
         place: a path (SQLite) or an SQLAlchemy URL.
         create: make the tables where there are none.
         patience_seconds: how long a writer waits for another one's transaction.
+        with_first_rows: make missing tables in the first transaction that writes, and not before. If that one fails, no store stays behind.
+            Until then nothing can be read.
 
     Raises:
         ValueError: there is no store and `create` is False; what is there is something else, or of another version; a wrong URL, or a
             driver that is not installed; the database cannot be reached or stays locked.
     """
 
-    def __init__(self, place: str, create: bool = False, patience_seconds: float = PATIENCE_SECONDS) -> None:
+    def __init__(
+        self,
+        place: str,
+        create: bool = False,
+        patience_seconds: float = PATIENCE_SECONDS,
+        with_first_rows: bool = False,
+    ) -> None:
         self.url = _url(place)
         self.name = self.url.render_as_string(hide_password=True) if "://" in place else place
-        file = _file(self.url)
-        if file is not None and not file.exists():
+        self._file = _file(self.url)
+        self._made_file = self._file is not None and not self._file.exists()
+        if self._file is not None and self._made_file:
             if not create:
                 raise ValueError(f"{self.name} does not exist; check the path, or import answers into it first")
-            file.parent.mkdir(parents=True, exist_ok=True)
+            self._file.parent.mkdir(parents=True, exist_ok=True)
         self.engine = self._engine(patience_seconds)
-        with self.read() as connection:
+        self._is_ready = True
+        with self._without_remains(), self.read() as connection:
             version = self._version(connection, create)
-        if version != VERSION:
-            with self.write() as connection:
-                # Another process may have been quicker since we looked.
-                version = self._version(connection, create)
-                if version != VERSION:
-                    METADATA.create_all(connection)  # those that are missing
-                    if version is not None:
-                        _add_steps(connection)
-                    connection.execute(insert(ABOUT).values(version=VERSION, at=now()))
+        self._is_ready = version == VERSION
+        self._made_file = self._made_file and not self._is_ready
+        if not self._is_ready and not (with_first_rows and version is None):
+            with self.write():
+                pass
+
+    def _make_tables(self, connection: Connection) -> None:
+        """Makes the tables that are missing; another process may have been quicker since we looked."""
+        if self._file is not None and not self._file.exists():
+            # Who made the file failed, and removed it while we waited.
+            raise Unavailable(f"{self.name} was removed by another process that failed; try again, nothing was written")
+        version = self._version(connection, create=True)
+        if version == VERSION:
+            return
+        METADATA.create_all(connection)
+        if version is not None:
+            _add_steps(connection)
+        connection.execute(insert(ABOUT).values(version=VERSION, at=now()))
 
     def _engine(self, patience_seconds: float) -> Engine:
         sqlite = self.url.get_backend_name() == "sqlite"
@@ -114,8 +134,23 @@ class Database:
     @contextlib.contextmanager
     def write(self) -> Iterator[Connection]:
         """A transaction whose rows are all there afterwards, on the disk, or none of them."""
-        with self._errors_explained(), self.engine.execution_options(writes=True).begin() as connection:
+        writing = self.engine.execution_options(writes=True)
+        with self._without_remains(), self._errors_explained(), writing.begin() as connection:
+            if not self._is_ready:
+                self._make_tables(connection)
             yield connection
+        self._is_ready, self._made_file = True, False
+
+    @contextlib.contextmanager
+    def _without_remains(self) -> Iterator[None]:
+        """Removes the file that this process has made if nothing is in it when the block fails."""
+        try:
+            yield
+        except BaseException:
+            if self._file is not None and self._made_file:
+                self.engine.dispose()
+                _remove_empty(self._file)
+            raise
 
     @contextlib.contextmanager
     def _errors_explained(self) -> Iterator[None]:
@@ -163,6 +198,15 @@ def _url(place: str) -> URL:
 def _file(url: URL) -> Path | None:
     named = url.get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:")
     return Path(str(url.database)) if named else None
+
+
+def _remove_empty(file: Path) -> None:
+    """Removes an empty database under the lock of its writers. Who waits for that lock looks for the file again."""
+    with contextlib.suppress(sqlite3.Error, OSError):  # another process writes, or the folder cannot be written
+        with contextlib.closing(sqlite3.connect(file, timeout=0, isolation_level=None)) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            if file.stat().st_size == 0:
+                file.unlink()
 
 
 def database_file(place: str) -> Path | None:

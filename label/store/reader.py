@@ -1,28 +1,26 @@
 """What is read of a store: answers, labels, the log, and how far people are.
 
-Owns these questions. What a page asks with every request goes by the `WorkList` and by indexes; only `answers` reads everything. Writes
-nothing.
+Owns these questions. What a page asks with every request goes by the `WorkList` and by indexes; only `answers` and `stream` read
+everything. Writes nothing.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
-from sqlalchemy import ColumnElement, Connection, Row, func, select
+from sqlalchemy import ColumnElement, Connection, func, select
 
 from draftsmith.label.schema import Answer, Label
 from draftsmith.label.store.database import PATIENCE_SECONDS, Database
 from draftsmith.label.store.records import (
+    BATCH,
     LogEntry,
-    bare_answer,
     batches,
-    item_references,
     item_row,
-    last_tokens,
     log_entry,
     numbered_answers,
     numbered_labels,
@@ -60,6 +58,7 @@ class StoreReader:
         create: make the store where there is none.
         patience_seconds: how long a writer waits for another one.
         refine: which imported labels leave something to do for a person; see `WorkList`.
+        with_first_rows: make a missing store together with its first answers; see `Database`.
 
     Raises:
         ValueError: see `Database`.
@@ -71,8 +70,9 @@ class StoreReader:
         create: bool = False,
         patience_seconds: float = PATIENCE_SECONDS,
         refine: Refine = "steps",
+        with_first_rows: bool = False,
     ) -> None:
-        self._database = Database(place, create, patience_seconds)
+        self._database = Database(place, create, patience_seconds, with_first_rows)
         self._work = WorkList(refine)
         self.name = self._database.name
 
@@ -194,18 +194,34 @@ class StoreReader:
         Args:
             unlabelled: add the answers that nobody has labelled.
         """
+        return list(self.stream(unlabelled))
+
+    def stream(self, unlabelled: bool = False) -> Iterator[Answer]:
+        """As `answers`, some hundred items at a time: memory does not grow with their number.
+
+        No lock is held between them, so that others can write meanwhile. Items and labels that they add do not count.
+
+        Args:
+            unlabelled: add the answers that nobody has labelled.
+
+        Yields:
+            Each answer; those of one item stand together.
+        """
         with self._database.read() as connection:
-            labels: dict[int, list[Label]] = {}
-            for (item, _), label in current_labels(connection).items():
-                labels.setdefault(item, []).append(label)
-            tokens, references = last_tokens(connection), item_references(connection)
-            answers = []
-            for row in connection.execute(select(ITEMS).order_by(ITEMS.c.number)):
-                answer = bare_answer(row, tokens.get(row.number), references.get(row.number))
-                answers += [replace(answer, label=label) for label in labels.get(row.number, [])]
-                if unlabelled and row.number not in labels:
-                    answers.append(answer)
-        return answers
+            last_entry = int(connection.scalar(select(func.max(ENTRIES.c.number))) or 0)
+            last_item = int(connection.scalar(select(func.max(ITEMS.c.number))) or 0)
+        item = 0
+        while item < last_item:
+            following = select(ITEMS.c.number).where(ITEMS.c.number > item, ITEMS.c.number <= last_item)
+            with self._database.read() as connection:
+                numbers = list(connection.scalars(following.order_by(ITEMS.c.number).limit(BATCH)))
+                answers = numbered_answers(connection, numbers)
+                labels = _labels_by_item(current_labels(connection, numbers, last_entry))
+            for number in numbers:
+                yield from (replace(answers[number], label=label) for label in labels.get(number, []))
+                if unlabelled and number not in labels:
+                    yield answers[number]
+            item = numbers[-1] if numbers else last_item
 
     def history(self, item_id: str) -> list[LogEntry]:
         """The whole log of one item, oldest entry first.
@@ -247,23 +263,30 @@ class StoreReader:
         return {author: (number, labels[number]) for author, number in entries.items()}
 
 
-def current_labels(connection: Connection, items: Sequence[int] | None = None) -> dict[tuple[int, str], Label]:
+def _labels_by_item(labels: dict[tuple[int, str], Label]) -> dict[int, list[Label]]:
+    by_item: dict[int, list[Label]] = {}
+    for (item, _), label in labels.items():
+        by_item.setdefault(item, []).append(label)
+    return by_item
+
+
+def current_labels(
+    connection: Connection, items: Sequence[int], last_entry: int | None = None
+) -> dict[tuple[int, str], Label]:
     """The label that stands, by item number and author.
 
     Args:
         connection: of a transaction.
-        items: of these, as many as one query takes; None: of all.
+        items: of these, as many as one query takes.
+        last_entry: the number of the last entry of the log that counts; None: all count.
     """
-    undone = select(ENTRIES.c.undoes).where(ENTRIES.c.undoes.is_not(None))
-    chosen: ColumnElement[bool] = ENTRIES.c.undoes.is_(None)
-    if items is not None:
-        undone, chosen = undone.where(ENTRIES.c.item.in_(items)), chosen & ENTRIES.c.item.in_(items)
-    standing = select(ENTRIES).where(chosen, ENTRIES.c.number.not_in(undone)).order_by(ENTRIES.c.number)
-    if items is None:
-        replaces = replaced_names(connection)
-        rows: Iterable[Row[Any]] = connection.execute(standing)
-    else:
-        rows, replaces = connection.execute(standing).all(), {}
-        for some in batches([row.number for row in rows]):
-            replaces |= replaced_names(connection, some)
+    chosen: ColumnElement[bool] = ENTRIES.c.item.in_(items)
+    if last_entry is not None:
+        chosen &= ENTRIES.c.number <= last_entry
+    undone = select(ENTRIES.c.undoes).where(ENTRIES.c.undoes.is_not(None), chosen)
+    standing = select(ENTRIES).where(chosen, ENTRIES.c.undoes.is_(None), ENTRIES.c.number.not_in(undone))
+    rows = connection.execute(standing.order_by(ENTRIES.c.number)).all()
+    replaces: dict[int, tuple[str, ...]] = {}
+    for some in batches([row.number for row in rows]):
+        replaces |= replaced_names(connection, some)
     return {(row.item, row.labelled_by): row_label(row, replaces.get(row.number, ())) for row in rows}

@@ -198,31 +198,31 @@ def batches(numbers: Sequence[Any]) -> Iterator[Sequence[Any]]:
         yield numbers[start : start + BATCH]
 
 
-def replaced_names(connection: Connection, entries: Sequence[int] | None = None) -> dict[int, tuple[str, ...]]:
+def replaced_names(connection: Connection, entries: Sequence[int]) -> dict[int, tuple[str, ...]]:
     """Whose labels an entry replaces, by its number.
 
     Args:
         connection: of a transaction.
-        entries: of these, as many as one query takes; None: of all.
+        entries: their numbers, as many as one query takes.
     """
     names: dict[int, list[str]] = {}
     chosen = select(REPLACED).order_by(REPLACED.c.entry, REPLACED.c.labelled_by)
-    for row in connection.execute(chosen if entries is None else chosen.where(REPLACED.c.entry.in_(entries))):
+    for row in connection.execute(chosen.where(REPLACED.c.entry.in_(entries))):
         names.setdefault(row.entry, []).append(row.labelled_by)
     return {entry: tuple(replaced) for entry, replaced in names.items()}
 
 
-def last_tokens(connection: Connection, items: Sequence[int] | None = None) -> dict[int, Tokens]:
+def last_tokens(connection: Connection, items: Sequence[int]) -> dict[int, Tokens]:
     """The tokens of each item that were added last.
 
     Args:
         connection: of a transaction.
-        items: of these, as many as one query takes; None: of all.
+        items: their numbers, as many as one query takes.
     """
     chosen = select(TOKENS).order_by(TOKENS.c.number)
     return {
         row.item: Tokens(row.tokenizer, tuple((start, end) for start, end in json.loads(row.offsets)))
-        for row in connection.execute(chosen if items is None else chosen.where(TOKENS.c.item.in_(items)))
+        for row in connection.execute(chosen.where(TOKENS.c.item.in_(items)))
     }
 
 
@@ -237,15 +237,15 @@ def item_offsets(connection: Connection, items: Sequence[int]) -> dict[tuple[int
     return {(row.item, row.tokenizer): row.offsets for row in connection.execute(chosen)}
 
 
-def item_references(connection: Connection, items: Sequence[int] | None = None) -> dict[int, str]:
+def item_references(connection: Connection, items: Sequence[int]) -> dict[int, str]:
     """The reference of each item that has one.
 
     Args:
         connection: of a transaction.
-        items: of these, as many as one query takes; None: of all.
+        items: their numbers, as many as one query takes.
     """
     chosen = select(REFERENCES.c.item, REFERENCES.c.reference)
-    rows = connection.execute(chosen if items is None else chosen.where(REFERENCES.c.item.in_(items)))
+    rows = connection.execute(chosen.where(REFERENCES.c.item.in_(items)))
     return {row.item: row.reference for row in rows}
 
 
