@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from draftsmith.data.chats.messages import as_row, read_content
 from draftsmith.data.formats import Message
 from draftsmith.files import atomic_file, read_jsonl
 from draftsmith.foreign import json_text
-from draftsmith.json_rows import Dropped, shown_row
+from draftsmith.json_rows import Dropped, check_values, shown_row
 
 Verdict = Literal["correct", "wrong", "unplaced"]
 How = Literal["person", "rule", "mined"]
@@ -230,8 +231,7 @@ def from_row(row: Mapping[str, Any], place: str) -> Answer:
         if field not in row:
             remedy = "write null for an answer without a label" if field == "verdict" else "add it"
             raise ValueError(f"{place}: {field} is missing; every line has it; {remedy}")
-    check_messages(row["messages"], place)
-    messages = tuple(Message(role=message["role"], content=message["content"]) for message in row["messages"])
+    messages = _messages(row["messages"], place)
     for field in ("response", "model", "licence", "source"):
         _words(row[field], place, field)
     own_id = row.get("id")
@@ -258,7 +258,7 @@ def to_row(answer: Answer) -> dict[str, Any]:
     """
     row: dict[str, Any] = {
         "id": answer.id,
-        "messages": [dict(message) for message in answer.messages],
+        "messages": [as_row(message) for message in answer.messages],
         "response": answer.response,
         "model": answer.model,
         "licence": answer.licence,
@@ -318,6 +318,30 @@ def write_answers(path: Path, answers: Iterable[Answer]) -> None:
     with atomic_file(path) as file:
         for answer in answers:
             file.write(f"{json_text(to_row(answer))}\n".encode())
+
+
+def _messages(value: Any, place: str) -> tuple[Message, ...]:
+    """A prompt as lines hold it: where a message has parts, they are its content."""
+    listed = enumerate(value) if isinstance(value, list) else ()
+    read = [with_parts(message, f"{place}: messages[{index}]") for index, message in listed] or value
+    check_messages(read, place)
+    return tuple(read)
+
+
+def with_parts(message: Any, place: str) -> Any:
+    """Tells text and other parts of a message apart.
+
+    Args:
+        message: whose content may be a list of parts; what is no such message is given back as it is.
+        place: for messages.
+
+    Raises:
+        ValueError: a part is of no known type.
+    """
+    if not isinstance(message, Mapping) or not isinstance(message.get("content"), list):
+        return message
+    text, parts = read_content(message["content"], place)
+    return {**message, "content": text} | ({} if parts is None else {"parts": parts})
 
 
 def _label(row: Mapping[str, Any], place: str) -> Label | None:
@@ -423,14 +447,34 @@ def check_messages(messages: Any, place: str) -> None:
         remedy = 'write [{"role": "user", "content": "..."}]'
         raise refusal(place, "messages", messages, "the prompt is a list of at least one message", remedy)
     for index, message in enumerate(messages):
-        if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
+        if not isinstance(message, Mapping) or set(message) - {"parts"} != {"role", "content"}:
             remedy = "write both, and nothing else"
             raise refusal(place, f"messages[{index}]", message, "a message has role and content", remedy)
         _one_of(message["role"], ROLES, place, f"messages[{index}].role")
-        _words(message["content"], place, f"messages[{index}].content")
+        if "parts" in message:
+            _check_parts(message, place, f"messages[{index}]")
+        else:
+            _words(message["content"], place, f"messages[{index}].content")
     if messages[-1]["role"] != "user":
         remedy = "end the prompt before the assistant's turn, which is the response"
         raise refusal(place, f"messages[{len(messages) - 1}].role", messages[-1]["role"], "a user asks last", remedy)
+
+
+def _check_parts(message: Mapping[str, Any], place: str, field: str) -> None:
+    """Checks a message that is more than text: its parts hold its text and something else, such as a picture's path."""
+    parts = message["parts"]
+    if message["role"] == "assistant":
+        raise refusal(place, f"{field}.parts", parts, "an assistant's turn is text", "take the other parts out")
+    try:
+        json.dumps(parts, allow_nan=False)
+        check_values({"parts": parts})
+        text, kept = read_content(parts, field)
+    except (TypeError, ValueError) as error:
+        remedy = "write text, and pictures as paths or addresses"
+        raise refusal(place, f"{field}.parts", parts, str(error), remedy) from error
+    if kept is None or text != message["content"]:
+        rule = "they hold the text of the content, and at least one part that is no text"
+        raise refusal(place, f"{field}.parts", parts, rule, "correct them, or write the content alone")
 
 
 def _one_of(value: Any, allowed: Sequence[str], place: str, field: str) -> None:

@@ -316,6 +316,4 @@ class _RowCounts:
                 f"{self._num_disputed} answers have labels that contradict each other; their tokens are ignored from there on"
             )
         if self._reasons:
-            print(
-                visible(f"{self._reasons.total()} answers left out: {self._all_reasons()} (first: {self._example})")
-            )
+            print(visible(f"{self._reasons.total()} answers left out: {self._all_reasons()} (first: {self._example})"))

@@ -11,9 +11,10 @@ from typing import Literal, get_args
 from draftsmith.label.formats.fields import Row, unpacked, whole
 from draftsmith.label.formats.prm800k import is_published
 from draftsmith.label.formats.replies import ends_with_a_reply
+from draftsmith.label.formats.row_shapes import is_step_row
 from draftsmith.label.formats.solutions import solutions_of
-from draftsmith.label.formats.step_labels import MARK, STEP_FIELDS, label_lists, step_list
-from draftsmith.label.formats.step_sets import LAYOUTS
+from draftsmith.label.formats.step_labels import MARK, STEP_FIELDS, label_lists, other_label_lists, step_list
+from draftsmith.label.formats.step_sets import ERROR_INDICES, LAYOUTS
 
 Format = Literal[
     "auto",
@@ -25,6 +26,7 @@ Format = Literal[
     "stepwise",
     "wrong-steps",
     "step-labels",
+    "step-rows",
     "math-shepherd",
     "solutions",
     "autojudge",
@@ -68,7 +70,7 @@ def _has_labels_of_steps(row: Row, fields: set[str]) -> bool:
     steps = next((inside for name in STEP_FIELDS if isinstance(inside := step_list(row, name), list)), None)
     if steps is None:
         return False
-    return bool(label_lists(row)) or any(isinstance(step, Mapping) for step in steps)
+    return bool(label_lists(row) or other_label_lists(row)) or any(isinstance(step, Mapping) for step in steps)
 
 
 def _has_number_beside_steps(row: Row, fields: set[str]) -> bool:
@@ -109,6 +111,8 @@ _SIGNS: tuple[tuple[Format, Callable[[Row, set[str]], bool]], ...] = (
     ("processbench", lambda _, fields: {"steps", "label"} <= fields),
     ("prm800k", lambda row, fields: {"question", "label"} <= fields and _has_object(row, "question", "label")),
     ("autojudge", lambda _, fields: {"prefix", "draft_token", "important"} <= fields),
+    ("step-rows", lambda row, _: is_step_row(row)),
     ("solutions", lambda row, fields: "question" in fields and bool(solutions_of(row))),
+    ("mistake", lambda _, fields: bool(fields & {*LAYOUTS["mistake"].steps} and fields & {*ERROR_INDICES})),
     ("replies", lambda row, fields: not fields & {"verdict", "response"} and ends_with_a_reply(row)),
 )

@@ -20,9 +20,23 @@ from draftsmith.label.schema import Span, refusal
 Row = Mapping[str, Any]
 
 STEP_BREAK = "\n"
-QUESTIONS = ("problem", "question", "Question", "input", "prompt", "instruction", "query")
-_MODELS = ("generator", "Sampled_Model", "sampled_model", "model", "model_name")
-_STEP_TEXTS = ("text", "content", "step", "step_text", "value", "completion", "response")
+QUESTIONS = (
+    "problem",
+    "question",
+    "Question",
+    "input",
+    "prompt",
+    "instruction",
+    "query",
+    "Problem",
+    "problem_text",
+    "question_text",
+    "problem_statement",
+)
+_MODELS = ("generator", "Sampled_Model", "sampled_model", "policy_model", "answer_model", "model", "model_name")
+_STEP_TEXTS = ("text", "content", "step", "step_text", "value", "completion", "response", "reasoning", "description")
+# A step's own number, which is none of its words.
+_STEP_NUMBER = re.compile(r"(?:step\s*)?#?\d+\s*[.:]?", re.IGNORECASE)
 _ABSENT = ("", "n/a", "na", "none", "null", "nan")
 _WHOLE = re.compile(r"[+-]?\d{1,9}(?:\.0*)?", re.ASCII)
 
@@ -125,13 +139,21 @@ def texts_of(value: Any, place: str, field: str) -> list[str]:
     for index, step in enumerate(list_of(value, place, field)):
         text = step
         if isinstance(step, Mapping):
-            text = next((step[name] for name in _STEP_TEXTS if isinstance(step.get(name), str)), None)
+            text = _text_in(step)
         if not isinstance(text, str):
             raise refusal(place, f"{field}[{index}]", step, "a step is text, or an object with text", "correct it")
         texts.append(text)
     if not any(text.strip() for text in texts):
         raise refusal(place, field, value, "at least one step has text", "correct it")
     return texts
+
+
+def _text_in(step: Mapping[str, Any]) -> str | None:
+    """The text in an object; a `step` of "2" or "Step 2" beside another text is its number."""
+    texts = {name: step[name] for name in _STEP_TEXTS if isinstance(step.get(name), str)}
+    if len(texts) > 1 and _STEP_NUMBER.fullmatch(texts.get("step", "").strip()):
+        del texts["step"]
+    return next(iter(texts.values()), None)
 
 
 def check_one_a_step(values: Sequence[Any], num_steps: int, what: str, place: str, field: str) -> None:

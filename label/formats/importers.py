@@ -21,14 +21,21 @@ from draftsmith.label.formats.counting import Counting, FirstStep, StepEvidence,
 from draftsmith.label.formats.detection import Format, detect, fitting_formats
 from draftsmith.label.formats.fields import Contradiction, Row
 from draftsmith.label.formats.meaning import Meaning, settled
-from draftsmith.label.formats.prm800k import read_prm800k
+from draftsmith.label.formats.prm800k import is_published, read_prm800k
 from draftsmith.label.formats.repeats import Repeats
 from draftsmith.label.formats.replies import read_reply
+from draftsmith.label.formats.row_shapes import (
+    STEP_ROWS,
+    joined,
+    joined_steps,
+    origin_of,
+    unfolded,
+    with_media,
+)
 from draftsmith.label.formats.solutions import read_autojudge, read_solutions
 from draftsmith.label.formats.step_labels import (
     RatedSteps,
     Rating,
-    lists_with_minus,
     rated_steps,
     shepherd_steps,
     turned_steps,
@@ -63,10 +70,15 @@ _REFERENCES: dict[str, tuple[str, ...]] = {
     ),
     "wrong-steps": ("ground_truth", "answer", "reference"),
     "step-labels": ("ground_truth_solution", "ground_truth_answer", "ground_truth", "answer", "reference"),
+    "step-rows": ("ground_truth_solution", "ground_truth_answer", "ground_truth", "reference"),
     "solutions": ("ground_truth", "answer", "reference"),
     "autojudge": ("answer", "reference"),
     "replies": ("answer", "reference"),
 }
+
+
+# Their rows have a shape of their own, and say themselves who labelled.
+_AS_THEY_ARE = ("answers", "label-studio", "solutions", "autojudge", "replies")
 
 
 class RefusedFile(ValueError):
@@ -139,7 +151,7 @@ class LabelledFile:
         mistakes = _Mistakes(left_out)
         num_answers = num_wrong = 0
         with Repeats() as repeats:
-            for place, row in read_rows(str(self._path), dropped=mistakes):
+            for place, row in self._shaped(read_rows(str(self._path), dropped=mistakes)):
                 for answer in self._answers_of(place, row, mistakes):
                     num_answers += 1
                     num_wrong += answer.label is not None and answer.label.error is not None
@@ -159,7 +171,7 @@ class LabelledFile:
     def _answers_of(self, place: str, row: Row, mistakes: _Mistakes) -> list[Answer]:
         """What a row gives: all its answers, or none of them."""
         try:
-            answers = list(self._read(row, place, self._origin))
+            answers = [self._with_media(answer, row, place) for answer in self._read(row, place, self._origin_of(row))]
             for answer in answers:
                 check_answer(answer, place)
         except SkippedRow as error:
@@ -187,11 +199,23 @@ class LabelledFile:
             if count
         ]
 
+    def _origin_of(self, row: Row) -> LabelSource:
+        return self._origin if self.format in _AS_THEY_ARE or is_published(row) else origin_of(row, self._origin)
+
+    def _with_media(self, answer: Answer, row: Row, place: str) -> Answer:
+        return answer if self.format in _AS_THEY_ARE else with_media(answer, row, place)
+
     def _plain_rows(self) -> Iterator[Row]:
         return (row for _, row in self._rows())
 
+    def _shaped(self, placed: Iterator[tuple[str, Row]]) -> Iterator[tuple[str, Row]]:
+        """The rows in the shape that the format reads."""
+        if self.format in _AS_THEY_ARE:
+            return placed
+        return joined(_unfolded(placed)) if self.format == "step-rows" else _unfolded(placed)
+
     def _rows(self) -> Iterator[tuple[str, Row]]:
-        rows = read_rows(str(self._path), dropped=_Nowhere())
+        rows = self._shaped(read_rows(str(self._path), dropped=_Nowhere()))
         if not self._shown:
             yield from rows
             return
@@ -200,6 +224,13 @@ class LabelledFile:
                 yield placed
                 if not count % _SHOWN_ROWS:
                     advance(_SHOWN_ROWS)
+
+
+def _unfolded(placed: Iterator[tuple[str, Row]]) -> Iterator[tuple[str, Row]]:
+    for place, row in placed:
+        for shaped in unfolded(row):
+            yield place, shaped
+        del row, shaped  # they are not held while the next row is read
 
 
 class _Mistakes:
@@ -245,6 +276,8 @@ def _formats_of(placed: Iterable[tuple[str, Row]], origin: LabelSource) -> list[
     for place, row in placed:
         fitting = fitting_formats(row)
         seen = seen or fitting
+        if fitting[:1] == ["step-rows"]:  # one row is no answer yet
+            return fitting
         try:
             _, reader = _reader(fitting[0] if fitting else "auto", [row], "auto")
             for answer in reader(row, place, origin):
@@ -282,7 +315,7 @@ def _reader(
         raise ValueError(
             f"first_step is {first_step}; only {counted_formats} number their steps, and this is {row_format}; leave it out"
         )
-    if row_format == "step-labels":
+    if row_format in ("step-labels", "step-rows"):
         return _step_label_reader(rows)
     return [], READERS[row_format]
 
@@ -292,10 +325,9 @@ def _step_label_reader(rows: Iterable[Row]) -> tuple[list[str], Reader]:
     ratings: set[Rating] = set()
     with_minus: set[str] = set()
     for row in rows:
-        with suppress(ValueError):
-            with_minus |= lists_with_minus(row)
         with suppress(ValueError):  # the reader says why
-            ratings.update(rating for rating in _rated(row, "row", nobody).ratings if rating is not None)
+            rated = _rated(row, "row", nobody, with_minus=with_minus)
+            ratings.update(rating for rating in rated.ratings if rating is not None)
     neutral = zero_is_neutral(ratings)
 
     def read(row: Row, place: str, origin: LabelSource) -> Iterator[Answer]:
@@ -309,10 +341,18 @@ def _step_label_reader(rows: Iterable[Row]) -> tuple[list[str], Reader]:
     return [f"a step rated 0 is {meaning}"], read
 
 
-def _rated(row: Row, place: str, origin: LabelSource, zero_is_neutral_in: Collection[str] = ()) -> RatedSteps:
+def _rated(
+    row: Row,
+    place: str,
+    origin: LabelSource,
+    zero_is_neutral_in: Collection[str] = (),
+    with_minus: set[str] | None = None,
+) -> RatedSteps:
+    if STEP_ROWS in row:
+        return joined_steps(row, place, origin)
     if row.get("conversations") is not None:
         return turned_steps(row, place, origin)
-    return rated_steps(row, place, origin, zero_is_neutral_in)
+    return rated_steps(row, place, origin, zero_is_neutral_in, with_minus)
 
 
 def _with_reference(answer: Answer, row: Row, row_format: Format) -> Answer:

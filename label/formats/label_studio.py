@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-from draftsmith.data.formats import Message
 from draftsmith.files import atomic_file
 from draftsmith.foreign import json_text
 from draftsmith.label.schema import Answer, How, Label, Span, Verdict, is_keepable, refusal, replaced_names
@@ -108,9 +107,9 @@ def _result(label: Label, response: str) -> list[dict[str, Any]]:
 def _prompt(data: Mapping[str, Any], place: str) -> Any:
     messages = data.get("messages")
     if isinstance(messages, list) and all(
-        isinstance(message, Mapping) and {*message} == {"role", "content"} for message in messages
+        isinstance(message, Mapping) and {*message} - {"parts"} == {"role", "content"} for message in messages
     ):
-        return [Message(role=message["role"], content=message["content"]) for message in messages]
+        return messages
     prompt = data.get("prompt")
     if not isinstance(prompt, str):
         raise refusal(place, "data.prompt", prompt, "it is text", "name the question's field prompt, or give messages")

@@ -7,14 +7,15 @@ other way, every label would be false, and no row would say so. Owns these two d
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 from draftsmith.label.formats.counting import Counting, num_rows
 from draftsmith.label.formats.detection import Format
 from draftsmith.label.formats.fields import Row, is_absent, unpacked, whole
-from draftsmith.label.formats.step_labels import label_lists, rated_steps
+from draftsmith.label.formats.step_labels import Rating, label_lists, rated_steps
+from draftsmith.label.formats.step_sets import LAYOUTS, StepLayout
 from draftsmith.label.store.label_source import LabelSource
 
 _ENOUGH = 9  # different numbers are no verdicts
@@ -56,10 +57,44 @@ def settled(row_format: Format, rows: Iterable[Row]) -> Meaning:
         for row in rows:
             evidence.add(row)
         return evidence.meaning()
+    if row_format in ("stepwise", "mistake"):
+        return Meaning(row_format, counting=_counted_by_lists(LAYOUTS[row_format], rows))
     if row_format == "prm800k" and _rates_right_or_wrong(rows):
         note = "ratings are 1 or 0, so they are read as step-labels; --format prm800k reads 0 as neutral"
         return Meaning("step-labels", (note,))
     return Meaning(row_format)
+
+
+def _counted_by_lists(layout: StepLayout, rows: Iterable[Row]) -> Counting | None:
+    """From which number a file counts, if lists of labels beside its numbers fit one way in all rows that have both; else None."""
+    count, field, has_minus = 0, "", False
+    fitting: Counter[tuple[bool, int]] = (
+        Counter()
+    )  # by whether a step rated 0 is neutral, and by the number of the first step
+    for row in rows:
+        lists = label_lists(row)
+        value = row.get(layout.field(row))
+        number = -1 if is_absent(value) else whole(value)
+        if number is None or not lists:
+            continue
+        with suppress(ValueError):  # no list of ratings, so it says nothing
+            ratings = rated_steps(row, "row", _NOBODY).ratings
+            count, field, has_minus = count + 1, field or lists[0], has_minus or -1 in ratings
+            for zero_is_neutral in (True, False):
+                first = _first_wrong(ratings, zero_is_neutral)
+                fitting[zero_is_neutral, 0] += number == (-1 if first is None else first)
+                fitting[zero_is_neutral, 1] += number in (-1, 0) if first is None else number == first + 1
+    fits = [fitting[has_minus, first] == count for first in (0, 1)]
+    if count < 2 or fits[0] == fits[1]:  # a single row may be a slip
+        return None
+    first = int(fits[1])
+    agree = f"the number and {field} then agree in {num_rows(count)} with both"
+    return Counting(first, f"steps are counted from {first}: {agree}; --first_step changes that")
+
+
+def _first_wrong(ratings: Sequence[Rating | None], zero_is_neutral: bool) -> int | None:
+    bad = (-1, "wrong") if zero_is_neutral else (-1, 0, "wrong")
+    return next((index for index, rating in enumerate(ratings) if rating in bad), None)
 
 
 def _rates_right_or_wrong(rows: Iterable[Row]) -> bool:
@@ -100,8 +135,7 @@ class _LabelEvidence:
             self._field = self._field or lists[0]
             self._has_minus = self._has_minus or -1 in ratings
             for zero_is_neutral, fitting in self._fitting.items():
-                bad = (-1, "wrong") if zero_is_neutral else (-1, 0, "wrong")
-                first = next((index for index, rating in enumerate(ratings) if rating in bad), None)
+                first = _first_wrong(ratings, zero_is_neutral)
                 fitting["from 0"] += number == (-1 if first is None else first)
                 fitting["from 1"] += number in (-1, 0) if first is None else number == first + 1
                 fitting["1 is right"] += (number == 1) == (first is None)

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from draftsmith.data.formats import Message
 from draftsmith.label.formats.fields import Row, licence_of, model_of, unpacked
-from draftsmith.label.schema import Answer, refusal
+from draftsmith.label.schema import Answer, refusal, with_parts
 from draftsmith.label.store.label_source import LabelSource
 
 
@@ -47,7 +47,7 @@ def read_reply(row: Row, place: str, origin: LabelSource) -> Iterator[Answer]:
         raise refusal(place, f"{place_of_reply}.{more[0]}", reply[more[0]], rule, "remove the field, or the row")
     if not isinstance(reply.get("content"), str):
         raise refusal(place, f"{place_of_reply}.content", reply.get("content"), "a reply is text", "write it as text")
-    prompt = [_turn(message) for message in asked]
+    prompt = [with_parts(_turn(message), f"{place}: messages[{index}]") for index, message in enumerate(asked)]
     yield origin.answer(prompt, reply["content"], None, place, model_of(row), licence_of(row))
 
 

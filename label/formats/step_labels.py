@@ -45,7 +45,33 @@ STEP_FIELDS = (
     "response",
 )
 _LABEL_FIELDS = ("labels", "step_labels", "human_labels", "ratings", "step_ratings", "label", "rating")
-_OF_STEP = ("label", "rating", "is_correct", "correct", "correctness", "score")
+# Lists that count where no field above has any: in other sets they may be a model's opinion.
+_OTHER_LABEL_FIELDS = (
+    "process_correctness",
+    "step_correctness",
+    "steps_correctness",
+    "correctness_labels",
+    "correctness",
+    "is_correct",
+    "step_is_correct",
+    "gold_labels",
+    "verdicts",
+)
+# Published with -1 for a wrong step, so that its 0 is never wrong.
+_NEUTRAL_ZERO = "process_correctness"
+OF_STEP = (
+    "label",
+    "rating",
+    "is_correct",
+    "correct",
+    "correctness",
+    "score",
+    "human_label",
+    "step_label",
+    "human_rating",
+    "verdict",
+)
+"""The names of a label in a step."""
 # Behind each step of MATH-APS's `process`, which is one text, with a list of labels beside it.
 _STEP_MARKS = (MARK, "\n\n\n\n\n")
 Rating = Literal[1, 0, -1, "right", "neutral", "wrong"]
@@ -54,9 +80,11 @@ NUMBERS: dict[int, Rating] = {1: 1, 0: 0, -1: -1}
 _WORDS: dict[str, Rating] = {
     "+": 1,
     "-": -1,
-    **dict.fromkeys(("correct", "right", "good", "true", "yes", "positive"), "right"),
+    **dict.fromkeys(("correct", "right", "good", "true", "yes", "positive", "valid", "accurate"), "right"),
     **dict.fromkeys(("neutral", "ok", "okay"), "neutral"),
-    **dict.fromkeys(("incorrect", "wrong", "bad", "false", "no", "negative"), "wrong"),
+    **dict.fromkeys(
+        ("incorrect", "wrong", "bad", "false", "no", "negative", "invalid", "inaccurate", "error", "mistake"), "wrong"
+    ),
 }
 _RULE = "a step is rated 1, 0, -1, true, false, + or -, or null where nobody has rated it"
 # Where the first step begins behind the question, which may speak of steps itself.
@@ -130,7 +158,7 @@ def rating_of(value: Any, place: str, field: str) -> Rating | None:
         return None
     if isinstance(value, bool):
         return "right" if value else "wrong"
-    rating = _WORDS.get(value.strip().lower()) if isinstance(value, str) else None
+    rating = _WORDS.get(value.strip().rstrip(".").lower()) if isinstance(value, str) else None
     number = whole(value)
     if rating is None and number is not None:
         rating = NUMBERS.get(number)
@@ -150,6 +178,15 @@ def label_lists(row: Row) -> list[str]:
     return [name for name in _LABEL_FIELDS if isinstance(unpacked(row.get(name)), list)]
 
 
+def other_label_lists(row: Row) -> list[str]:
+    """The names of further fields with such a list. They count where nothing else labels the steps.
+
+    Args:
+        row: of a file.
+    """
+    return [name for name in _OTHER_LABEL_FIELDS if isinstance(unpacked(row.get(name)), list)]
+
+
 def step_list(row: Row, field: str) -> Any:
     """The steps of a field: its list, or the parts of a `process` that is one text with a mark behind each step. Else its value.
 
@@ -165,30 +202,13 @@ def step_list(row: Row, field: str) -> Any:
     return parts if parts[-1] else parts[:-1]
 
 
-def lists_with_minus(row: Row) -> set[str]:
-    """The lists of a row in which a step is rated -1, by the way to one of their labels; 0 is neutral in them.
-
-    Args:
-        row: of a file.
-
-    Raises:
-        ValueError: it has no list of steps.
-    """
-    return {
-        name
-        for name, labels in _given_labels(row, "row", _steps_field(row)).items()
-        if any(_is_minus(label) for label in labels)
-    }
-
-
-def _is_minus(label: Any) -> bool:
-    try:
-        return rating_of(label, "row", "label") == -1
-    except ValueError:
-        return False
-
-
-def rated_steps(row: Row, place: str, origin: LabelSource, zero_is_neutral_in: Collection[str] = ()) -> RatedSteps:
+def rated_steps(
+    row: Row,
+    place: str,
+    origin: LabelSource,
+    zero_is_neutral_in: Collection[str] = (),
+    with_minus: set[str] | None = None,
+) -> RatedSteps:
     """The steps of a row that is no Math-Shepherd's, with their ratings as they are written.
 
     Where several lists may rate the steps, those that cannot do not count, and the others have to agree.
@@ -199,6 +219,7 @@ def rated_steps(row: Row, place: str, origin: LabelSource, zero_is_neutral_in: C
         origin: what the row does not say.
         zero_is_neutral_in: lists that have a -1 in some row, by the way to one of their labels. Lists that agree with 0 as neutral there
             do not contradict each other.
+        with_minus: takes the lists of this row that have a -1, likewise.
 
     Raises:
         Contradiction: two lists say different things of the steps.
@@ -209,12 +230,18 @@ def rated_steps(row: Row, place: str, origin: LabelSource, zero_is_neutral_in: C
     steps = texts_of(step_list(row, field), place, field)
     given = _given_labels(row, place, field)
     if not given:
-        rule = f"each step is an object with {', '.join(_OF_STEP)}, or the row has a list of labels"
+        rule = f"each step is an object with {', '.join(OF_STEP)}, or the row has a list of labels"
         raise refusal(place, field, step_list(row, field), rule, "add them, or name another --format")
     readable, reasons = {}, []
     for name, labels in given.items():
+        ratings, unread = _ratings(labels, name, place)
+        if with_minus is not None and -1 in ratings:
+            with_minus.add(name)
         try:
-            readable[name] = _ratings(labels, name, len(steps), place)
+            check_one_a_step(labels, len(steps), "label", place, name.partition("[")[0])
+            if unread is not None:
+                raise unread
+            readable[name] = ratings
         except ValueError as error:
             reasons.append(error)
     if not readable:
@@ -237,13 +264,14 @@ def _steps_field(row: Row) -> str:
 
 def _given_labels(row: Row, place: str, field: str) -> dict[str, list[Any]]:
     """The lists that may label the steps of a field, by the way to one of their labels."""
-    given = {f"{name}[{{}}]": list_of(row[name], place, name) for name in label_lists(row)}
-    return given | _inner_labels(list_of(step_list(row, field), place, field), field)
+    inner = _inner_labels(list_of(step_list(row, field), place, field), field)
+    names = label_lists(row) or ([] if inner else other_label_lists(row))
+    return {f"{name}[{{}}]": list_of(row[name], place, name) for name in names} | inner
 
 
 def _inner_labels(objects: Sequence[Any], field: str) -> dict[str, list[Any]]:
     """The labels in the steps, by the way to one of them."""
-    for name in _OF_STEP:
+    for name in OF_STEP:
         if any(isinstance(step, Mapping) and name in step for step in objects):
             return {
                 f"{field}[{{}}].{name}": [step.get(name) if isinstance(step, Mapping) else None for step in objects]
@@ -251,9 +279,17 @@ def _inner_labels(objects: Sequence[Any], field: str) -> dict[str, list[Any]]:
     return {}
 
 
-def _ratings(labels: Sequence[Any], name: str, num_steps: int, place: str) -> list[Rating | None]:
-    check_one_a_step(labels, num_steps, "label", place, name.partition("[")[0])
-    return [rating_of(entry, place, name.format(index)) for index, entry in enumerate(labels)]
+def _ratings(labels: Sequence[Any], name: str, place: str) -> tuple[list[Rating | None], ValueError | None]:
+    """The ratings of a list, and why the first that is none cannot be read. Each label is read once."""
+    ratings: list[Rating | None] = []
+    unread: ValueError | None = None
+    for index, entry in enumerate(labels):
+        try:
+            rating = rating_of(entry, place, name.format(index))
+        except ValueError as error:
+            rating, unread = None, unread or error
+        ratings.append("neutral" if rating == 0 and name.startswith(_NEUTRAL_ZERO) else rating)
+    return ratings, unread
 
 
 def _first_bad(ratings: Sequence[Rating | None], zero_is_neutral: bool = False) -> int | None:

@@ -32,6 +32,10 @@ from draftsmith.label.store.label_source import LabelSource
 _RIGHT, _WRONG = ("correct", "right", "true", "yes", "1"), ("wrong", "incorrect", "false", "no", "0")
 _SECTION = re.compile(r"(?im)^\s*section\s*\d+\s*:")
 _NO_OPTIONS = ("", "n/a", "none", "[]")
+_NAMED_STEP = re.compile(r"(?:step|paragraph|section|line)?\s*#?\s*(\d{1,9})", re.IGNORECASE)
+_NO_ERROR = ("no error", "no errors", "no mistake", "no mistakes", "correct", "all correct")
+ERROR_INDICES = ("first_error_index", "first_error_idx", "error_index", "error_idx", "first_mistake_index")
+"""Names of the index of the first wrong step in sets of less known layouts."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,12 @@ class StepLayout:
 
 LAYOUTS = {
     "mistake": StepLayout(
-        ("input", *QUESTIONS), ("steps",), ("mistake_index",), first=0, ends=("answer", "target"), need=2
+        ("input", *QUESTIONS),
+        ("steps", "solution_steps", "reasoning_steps"),
+        ("mistake_index", *ERROR_INDICES),
+        first=0,
+        ends=("answer", "target"),
+        need=2,
     ),
     "processbench": StepLayout(
         QUESTIONS,
@@ -223,18 +232,24 @@ def _numbers_in(row: Row, field: str, layout: StepLayout, first: int, place: str
     value = value_of(row, field, place)
     if layout.by_list:
         listed = [] if is_absent(value) else list_of(value, place, field)
-    elif is_absent(value) and layout.null_is_none:
+    elif layout.null_is_none and _says_none(value):
         return []
     else:
         listed = [value]
     numbers = []
     for entry in listed:
         number = whole(entry)
+        if number is None and isinstance(entry, str) and (named := _NAMED_STEP.fullmatch(entry.strip())):
+            number = int(named[1])
         if number is None or number < -1:
             rule = _rule(layout, first, len(_steps(row, layout, place)))
             raise refusal(place, field, value, rule, "correct it")
         numbers.append(number)
     return numbers
+
+
+def _says_none(value: Any) -> bool:
+    return is_absent(value) or (isinstance(value, str) and value.strip().rstrip(".").lower() in _NO_ERROR)
 
 
 def _is_wrong(row: Row, layout: StepLayout) -> bool | None:

@@ -202,11 +202,11 @@ def _file(url: URL) -> Path | None:
 
 def _remove_empty(file: Path) -> None:
     """Removes an empty database under the lock of its writers. Who waits for that lock looks for the file again."""
-    with contextlib.suppress(sqlite3.Error, OSError):  # another process writes, or the folder cannot be written
-        with contextlib.closing(sqlite3.connect(file, timeout=0, isolation_level=None)) as connection:
-            connection.execute("BEGIN IMMEDIATE")
-            if file.stat().st_size == 0:
-                file.unlink()
+    unremovable = contextlib.suppress(sqlite3.Error, OSError)  # another process writes, or the folder cannot be written
+    with unremovable, contextlib.closing(sqlite3.connect(file, timeout=0, isolation_level=None)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        if file.stat().st_size == 0:
+            file.unlink()
 
 
 def database_file(place: str) -> Path | None:

@@ -39,7 +39,7 @@ export function showText(element, text, blocks) {
 }
 
 // One turn of a prompt: who speaks, and the text.
-export function turn({ role, content, blocks }) {
+export function turn({ role, content, blocks, others = [] }) {
   const element = document.createElement("div");
   const name = document.createElement("p");
   const text = document.createElement("div");
@@ -49,5 +49,11 @@ export function turn({ role, content, blocks }) {
   text.className = "text";
   showText(text, content, blocks);
   element.append(name, text);
+  if (others.length) {
+    const hint = document.createElement("p");
+    hint.className = "hint";
+    hint.textContent = `The model also got what this page does not show: ${others.join(", ")}.`;
+    element.append(hint);
+  }
   return element;
 }

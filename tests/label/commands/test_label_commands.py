@@ -212,3 +212,31 @@ def test_a_file_of_skipped_rows_only_makes_no_store(tmp_path: Path, capsys: pyte
     assert "no row of" in (said := capsys.readouterr().err)
     assert "no step is rated" in said
     assert not place.exists()
+
+
+def test_an_import_that_is_refused_behind_its_first_rows_leaves_no_store(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, place = tmp_path / "set.jsonl", tmp_path / "labels.db"
+    steps = {"model_output_steps": ["a", "b"]}
+    pairs = [(None, None), (1, 2), (2, 1)]
+    rows = [steps | {"question": str(at), "first_error_step": number, "first_wrong_step": other}
+            for at, (number, other) in enumerate(pairs)]  # fmt: skip
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for store in (place, f"sqlite:///{place}"):
+        assert run("import", "--source", source, "--store", store, "--licence", "MIT") == 1
+        assert "contradict themselves" in capsys.readouterr().err
+        assert list(tmp_path.iterdir()) == [source]
+    assert run("stats", "--store", place) == 1
+    assert "labels.db does not exist" in capsys.readouterr().err
+
+
+def test_an_import_that_fails_leaves_a_store_that_was_there_as_it_was(source: Path, tmp_path: Path) -> None:
+    place, twice = tmp_path / "labels.db", tmp_path / "twice.jsonl"
+    assert run("import", "--source", source, "--store", place, "--licence", "MIT") == 0
+    before = place.read_bytes()
+    line = {"id": "a", "messages": [{"role": "user", "content": "q"}], "model": "m", "licence": "MIT", "source": "s"}
+    line |= {"verdict": "correct", "labelled_by": "me", "how": "person"}
+    twice.write_text("".join(json.dumps(line | {"response": text}) + "\n" for text in ("3", "4")))
+    assert run("import", "--source", twice, "--store", place) == 1
+    assert place.read_bytes() == before

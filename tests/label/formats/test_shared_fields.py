@@ -150,6 +150,21 @@ def test_where_formats_agree_nothing_is_said_of_them(tmp_path: Path) -> None:
     assert [note.split(":")[0] for note in read(tmp_path, *rows).notes] == ["steps are counted from 0"]
 
 
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("field", ["first_error_step", "mistake_index"])
+def test_lists_of_labels_show_from_which_number_a_first_error_beside_them_counts(
+    tmp_path: Path, field: str, index: int
+) -> None:
+    pairs = [(None, ALL), (0, A), (1, B), (1, B)]
+    rows = [{"question": "q", "steps": STEPS, field: None if first is None else first + index, "labels": listed}
+            for first, listed in pairs]  # fmt: skip
+    imported = read(tmp_path, *rows)
+    assert wrong(imported) == [None, "a", "b", "b"]
+    assert imported.notes[0].startswith(f"steps are counted from {index}: the number and labels then agree in 4 rows")
+    chosen = read(tmp_path, *rows[1:], first_step="zero" if index else "one")
+    assert wrong(chosen) != wrong(read(tmp_path, *rows[1:]))
+
+
 def test_ratings_of_1_and_0_are_right_and_wrong_unless_prm800ks_own_fields_lie_beside_them(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [{"question": "q", "steps": STEPS, "ratings": listed} for listed in (C, ALL)]
     imported = read(tmp_path, *rows)
@@ -244,7 +259,7 @@ def test_where_sections_begin_is_no_text_of_a_step(tmp_path: Path) -> None:
     [
         pytest.param({"instruction": "q", "response": "a", "task": "Math"}, id="UltraInteract"),
         pytest.param({"question": "q", "answer": "7", "response": "a", "label": False}, id="CriticBench"),
-        pytest.param({"question": "q", "step_idx": 1, "step": "a", "correctness_label": "Correct"}, id="REVEAL"),
+        pytest.param({"question": "q", "step_idx": 1, "step": "a", "evidence": "b"}, id="a step without a label"),
     ],
 )
 def test_sets_that_mark_no_step_of_an_answer_are_refused_by_name(tmp_path: Path, row: dict[str, Any]) -> None:

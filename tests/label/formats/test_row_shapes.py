@@ -1,0 +1,333 @@
+"""Rows of other shapes: answers inside objects, several annotators, a row for each step, pictures; each label on its step."""
+
+import csv
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from labelled_files import Imported, read_labelled
+
+from draftsmith.label.formats.detection import Format
+from draftsmith.label.formats.label_studio import write_tasks
+from draftsmith.label.formats.row_shapes import unfolded
+from draftsmith.label.schema import Answer, write_answers
+from draftsmith.label.store.label_source import LabelSource
+from draftsmith.label.store.store import Store
+
+STEPS = ["Take 3.", "So 3 + 4 = 8.", "It is 8."]
+QUESTION = {"question": "How many?"}
+VISUAL = {
+    "image": ["images/1.png", "images/2.png"],
+    "question": "How many are red?",
+    "answer": "7",
+    "response": {"steps": STEPS, "process_correctness": [1, 0, -1]},
+    "policy_model": "some-vl",
+    "data_source": "set",
+}
+
+
+def read(tmp_path: Path, *rows: Any, row_format: Format = "auto") -> Imported:
+    file = tmp_path / "in.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return read_file(file, row_format)
+
+
+def read_file(file: Path, row_format: Format = "auto") -> Imported:
+    return read_labelled(file, row_format, LabelSource("in", "set", "MIT"))
+
+
+def said(answer: Answer) -> str:
+    """The text that an answer's label calls wrong; else its verdict, and what of the text was checked."""
+    label = answer.label
+    assert label is not None
+    if label.error is not None:
+        return answer.response[slice(*label.error)]
+    return label.verdict if label.checked is None else f"{label.verdict}: {answer.response[slice(*label.checked)]}"
+
+
+def labels(imported: Imported) -> list[str]:
+    assert imported.left_out == []
+    return [said(answer) for answer in imported.answers]
+
+
+def by_person(imported: Imported) -> dict[str, str]:
+    assert imported.left_out == []
+    return {answer.label.labelled_by: said(answer) for answer in imported.answers if answer.label is not None}
+
+
+# ---- answers inside objects ---------------------------------------------------------------------------------------------
+
+
+def test_a_visual_answer_keeps_its_pictures_as_parts_and_its_0_is_neutral(tmp_path: Path) -> None:
+    neutral = VISUAL | {"response": {"steps": STEPS, "process_correctness": [1, 0, 1]}}
+    imported = read(tmp_path, VISUAL, neutral)
+    assert (imported.format, labels(imported)) == ("step-labels", [STEPS[2], "correct"])
+    answer = imported.answers[0]
+    assert (answer.model, answer.reference) == ("some-vl", "7")
+    pictures = [{"type": "image", "image": path} for path in VISUAL["image"]]
+    text = {"type": "text", "text": "How many are red?"}
+    assert answer.messages == ({"role": "user", "content": "How many are red?", "parts": [*pictures, text]},)
+    assert labels(read(tmp_path, neutral)) == ["correct"], "0 is neutral in this field, whatever else the file has"
+
+
+def test_pictures_pass_through_the_store_and_every_export(tmp_path: Path) -> None:
+    answers = read(tmp_path, VISUAL).answers
+    write_answers(tmp_path / "out.jsonl", answers)
+    write_tasks(tmp_path / "tasks.json", answers)
+    assert read_file(tmp_path / "out.jsonl").answers == answers
+    assert read_file(tmp_path / "tasks.json").answers == answers
+    [line] = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert [part["type"] for part in line["messages"][0]["content"]] == ["image", "image", "text"]
+    with Store(str(tmp_path / "labels.db"), create=True) as store:
+        store.add(answers, "me")
+        assert store.answers() == answers
+
+
+def test_other_pictures_make_another_question_and_none_makes_none(tmp_path: Path) -> None:
+    rows = [VISUAL | {"image": image} for image in ("images/1.png", ["images/1.png"], "images/3.png", None, [], "")]
+    answers = read(tmp_path, *rows).answers
+    assert [answer.question() for answer in answers[:2]] == [answers[0].question()] * 2
+    assert len({answer.id for answer in answers}) == 3
+    assert ["parts" in answer.messages[0] for answer in answers] == [True] * 3 + [False] * 3
+
+
+def test_a_picture_of_bytes_alone_is_left_out_with_a_remedy(tmp_path: Path) -> None:
+    rows = [VISUAL | {"image": {"bytes": b"\x89PNG", "path": path}} for path in ("images/1.png", None)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in.parquet")
+    imported = read_file(tmp_path / "in.parquet")
+    assert imported.answers[0].messages[0]["parts"][0] == {"type": "image", "image": "images/1.png"}
+    assert len(imported.answers) == 1
+    assert "a picture, sound or video is a path or an address; write it into a file" in imported.left_out[0]
+
+
+@pytest.mark.parametrize("name", ["response", "solution", "answer", "output"])
+def test_steps_and_labels_inside_an_object_are_read_whatever_its_name(tmp_path: Path, name: str) -> None:
+    inner = {"steps": STEPS, "labels": [1, 0, 0]}
+    assert labels(read(tmp_path, QUESTION | {name: inner})) == [STEPS[1]]
+    with_number = QUESTION | {name: {"steps": STEPS, "first_error_step": 2}, "model": "m"}
+    imported = read(tmp_path, with_number)
+    assert (imported.format, labels(imported), imported.answers[0].model) == ("stepwise", [STEPS[1]], "m")
+
+
+def test_several_answers_of_a_row_are_several_answers(tmp_path: Path) -> None:
+    answers = [{"steps": STEPS, "labels": [1, 0, 0], "model": "a"}, {"steps": ["7"], "labels": [1], "model": "b"}]
+    imported = read(tmp_path, QUESTION | {"solutions": answers})
+    assert labels(imported) == [STEPS[1], "correct"]
+    assert [answer.model for answer in imported.answers] == ["a", "b"]
+
+
+def test_tables_hold_the_objects_too(tmp_path: Path) -> None:
+    expected = read(tmp_path, VISUAL).answers
+    with open(tmp_path / "in.csv", "w", newline="") as file:
+        table = csv.DictWriter(file, list(VISUAL))
+        table.writeheader()
+        table.writerow({name: value if isinstance(value, str) else json.dumps(value) for name, value in VISUAL.items()})
+    pq.write_table(pa.Table.from_pylist([VISUAL]), tmp_path / "in.parquet")
+    (tmp_path / "in.json").write_text(json.dumps([VISUAL]))
+    for name in ("in.csv", "in.parquet", "in.json"):
+        assert read_file(tmp_path / name).answers == expected
+
+
+# ---- several annotators -------------------------------------------------------------------------------------------------
+
+
+def test_each_annotator_of_a_row_gives_a_label_under_their_own_name(tmp_path: Path) -> None:
+    row = QUESTION | {"steps": STEPS}
+    named = [{"annotator": "ann", "labels": [1, 0, 0]}, {"annotator_id": 7, "labels": [1, 1, 0]}]
+    imported = read(tmp_path, row | {"annotations": named})
+    assert by_person(imported) == {"set:ann": STEPS[1], "set:7": STEPS[2]}
+    assert len({answer.id for answer in imported.answers}) == 1
+    unnamed = [{"labels": [1, 0, 0]}, {"labels": [1, 1, 1]}]
+    assert by_person(read(tmp_path, row | {"annotations": unnamed})) == {"set:1": STEPS[1], "set:2": "correct"}
+    numbers = [{"annotator": "ann", "first_error_step": 2}, {"annotator": "bob", "first_error_step": None}]
+    assert by_person(read(tmp_path, row | {"annotations": numbers})) == {"set:ann": STEPS[1], "set:bob": "correct"}
+
+
+def test_rows_of_several_annotators_replace_no_label_of_another(tmp_path: Path) -> None:
+    row = QUESTION | {"steps": STEPS}
+    rows = [row | {"annotator": "ann", "labels": [1, 0, 0]}, row | {"annotator": "bob", "labels": [1, 1, 0]}]
+    imported = read(tmp_path, *rows)
+    assert by_person(imported) == {"set:ann": STEPS[1], "set:bob": STEPS[2]}
+    assert not any("repeat an earlier answer" in note for note in imported.notes)
+
+
+# ---- a row for each step ------------------------------------------------------------------------------------------------
+
+
+def reveal(number: int, logic: str | None = None, attribution: str | None = None, **more: Any) -> dict[str, Any]:
+    """A row of REVEAL: a step, and one source for it."""
+    row = {
+        "answer_id": "a1",
+        "question": "Can it?",
+        "answer_model": "some-lm",
+        "step_idx": number,
+        "step": f"s{number}",
+    }
+    return row | {"correctness_label": logic, "attribution_label": attribution} | more
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        pytest.param([reveal(0, None, "Fully"), reveal(1, "Correct")], "correct", id="all right"),
+        pytest.param([reveal(0, None, "Fully"), reveal(1, "Incorrect"), reveal(2, "Correct")], "s1", id="logic"),
+        pytest.param([reveal(0, "Correct"), reveal(1, None, "Contradictory")], "s1", id="a source against it"),
+        pytest.param([reveal(0, "Correct"), reveal(1, None, "Unsupported")], "correct: s0", id="no source"),
+        pytest.param([reveal(0, "Correct"), reveal(1, None, "Partially"), reveal(2, "Incorrect")], "correct: s0", id="half a source"),
+        pytest.param([reveal(0, "Correct", "Unsupported"), reveal(1, "Correct")], None, id="nothing is sure"),
+        pytest.param([reveal(1, "Incorrect"), reveal(0, "Correct")], "s1", id="in another order"),
+        pytest.param([reveal(1, "Correct"), reveal(2, "Incorrect")], "s2", id="from 1"),
+        pytest.param([reveal(0, None, "Contradictory"), reveal(0, None, "Fully"), reveal(1, "Correct")], None, id="sources differ"),
+        pytest.param(
+            [
+                reveal(0, None, "Contradictory", is_final_rated_evidence_for_step=False),
+                reveal(0, None, "Fully", is_final_rated_evidence_for_step=True),
+            ],
+            "correct",
+            id="the last source counts",
+        ),
+    ],
+)  # fmt: skip
+def test_the_rows_of_an_answer_are_one_answer(tmp_path: Path, rows: list[dict[str, Any]], expected: str | None) -> None:
+    other = reveal(0, "Incorrect", answer_id="a2", question="Other?")
+    imported = read(tmp_path, *rows, other)
+    assert imported.format == "step-rows"
+    assert [said(answer) for answer in imported.answers] == [*([expected] if expected else []), "s0"]
+    assert [line.split(": ", 1)[1] for line in imported.left_out] == [] if expected else ["no step is rated"]
+    assert {answer.model for answer in imported.answers} == {"some-lm"}
+    if expected:
+        assert imported.answers[0].response.splitlines() == sorted({row["step"] for row in rows})
+
+
+def test_a_table_of_steps_reads_as_its_lines_do(tmp_path: Path) -> None:
+    rows = [reveal(0, None, "Fully"), reveal(1, "Incorrect"), reveal(0, "Correct", answer_id="a2", question="Other?")]
+    expected = read(tmp_path, *rows).answers
+    with open(tmp_path / "in.csv", "w", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
+    assert read_file(tmp_path / "in.csv").answers == expected
+    assert [said(answer) for answer in expected] == ["s1", "correct"]
+
+
+@pytest.mark.parametrize("label", ["label", "rating", "is_correct"])
+def test_rows_of_steps_may_have_any_usual_label(tmp_path: Path, label: str) -> None:
+    rows = [
+        {"question_id": answer, "question": f"q{answer}", "step_number": number, "text": f"s{number}", label: value}
+        for answer, values in enumerate([(1, 0, 0), (1, 1, 1)])
+        for number, value in enumerate(values, 1)
+    ]
+    imported = read(tmp_path, *rows)
+    assert (imported.format, labels(imported)) == ("step-rows", ["s2", "correct"])
+    assert imported.notes == ("a step rated 0 is wrong, because no step is rated -1",)
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ([reveal(0, "Correct"), reveal(2, "Correct")], "step_idx is [0, 2]; the steps of an answer are numbered"),
+        ([reveal(3, "Correct")], "step_idx is [3]; the steps of an answer are numbered from 0 or from 1"),
+        ([reveal(0, "Correct"), reveal(0, "Correct", step="t")], 'step is ["s0", "t"]; a step is text, the same'),
+        ([reveal(0, None, "Perhaps")], 'attribution_label is "Perhaps"; it is one of fully, partially'),
+        ([reveal(0, "Correct"), reveal("x", "Correct")], 'step_idx is "x"; it is the number of a step'),  # type: ignore[arg-type]
+    ],
+)
+def test_rows_of_steps_that_make_no_answer_are_left_out_with_the_reason(
+    tmp_path: Path, bad: list[dict[str, Any]], reason: str
+) -> None:
+    imported = read(tmp_path, reveal(0, "Correct", answer_id="good"), *bad)
+    assert len(imported.answers) == 1
+    assert len(imported.left_out) == 1
+    assert reason in imported.left_out[0]
+
+
+def test_an_answer_whose_rows_do_not_stand_together_stops_the_import(tmp_path: Path) -> None:
+    rows = [reveal(0, "Correct"), reveal(0, "Correct", answer_id="a2"), reveal(1, "Incorrect")]
+    with pytest.raises(
+        ValueError, match=r"in\.jsonl:3: rows of the same answer stand at another place.*; sort the file"
+    ):
+        read(tmp_path, *rows)
+
+
+@given(st.lists(st.lists(st.sampled_from([1, 0]), min_size=1, max_size=5), min_size=1, max_size=5), st.integers(0, 1))
+def test_a_row_for_each_step_says_what_a_row_for_each_answer_says(ratings: list[list[int]], first: int) -> None:
+    """Whatever is right or wrong, and whether steps count from 0 or from 1: no label moves, and no answer is lost."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        answers = [
+            {"question": f"q{at}", "steps": [f"s{number}" for number in range(len(listed))], "labels": listed}
+            for at, listed in enumerate(ratings)
+        ]
+        rows = [
+            {"question": answer["question"], "step_idx": number + first, "step": step, "label": rating}
+            for answer in answers
+            for number, (step, rating) in enumerate(zip(answer["steps"], answer["labels"], strict=True))
+        ]
+        assert read(folder, *rows).answers == read(folder, *answers).answers
+
+
+# ---- words and names ----------------------------------------------------------------------------------------------------
+
+
+def test_a_steps_own_number_is_not_its_text(tmp_path: Path) -> None:
+    steps = [{"step": f"Step {at}", "reasoning": text, "label": at < 2} for at, text in enumerate(STEPS, 1)]
+    assert labels(read(tmp_path, QUESTION | {"steps": steps})) == [STEPS[1]]
+    numbers = [{"step": "7", "label": True}, {"step": "8", "label": False}]
+    assert labels(read(tmp_path, QUESTION | {"steps": numbers})) == ["8"]
+
+
+@pytest.mark.parametrize(
+    "words", [["Valid", "Invalid", "valid"], ["correct.", "incorrect.", "correct."], ["ok", "error", "ok"]]
+)
+def test_labels_may_be_words(tmp_path: Path, words: list[str]) -> None:
+    assert labels(read(tmp_path, QUESTION | {"steps": STEPS, "labels": words})) == [STEPS[1]]
+
+
+def test_a_number_of_a_step_may_have_its_word_before_it_and_none_may_be_said_in_words(tmp_path: Path) -> None:
+    rows = [
+        {"question": str(at), "model_output_steps": STEPS, "first_error_step": written}
+        for at, written in enumerate(["Step 2", "step 3", "No error", "no error.", "correct"])
+    ]
+    assert labels(read(tmp_path, *rows)) == [STEPS[1], STEPS[2], "correct", "correct", "correct"]
+
+
+def test_an_index_of_the_first_error_counts_from_0_unless_the_rows_say_else(tmp_path: Path) -> None:
+    rows = [QUESTION | {"steps": STEPS, "first_error_index": at} for at in (0, 2, -1, None)]
+    assert labels(read(tmp_path, *rows)) == [STEPS[0], STEPS[2], "correct", "correct"]
+    from_1 = [QUESTION | {"steps": STEPS, "first_error_index": at} for at in (1, 3, 3, -1)]
+    assert labels(read(tmp_path, *from_1)) == [STEPS[0], STEPS[2], STEPS[2], "correct"]
+
+
+def test_further_lists_count_only_where_no_usual_one_labels_the_steps(tmp_path: Path) -> None:
+    row = QUESTION | {"steps": STEPS, "correctness": [1, 0, 1]}
+    assert labels(read(tmp_path, row)) == [STEPS[1]]
+    assert labels(read(tmp_path, row | {"labels": [1, 1, 0]})) == [STEPS[2]]
+    inner = [{"text": text, "label": label} for text, label in zip(STEPS, (1, 1, 0), strict=True)]
+    assert labels(read(tmp_path, row | {"steps": inner})) == [STEPS[2]]
+
+
+ROWS = st.dictionaries(
+    st.sampled_from(["question", "steps", "labels", "response", "annotations", "solutions", "data", "annotator"]),
+    st.recursive(
+        st.none() | st.booleans() | st.integers(-1, 3) | st.text(max_size=3),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["steps", "labels"]), inner),
+        max_leaves=6,
+    ),
+)
+
+
+@given(ROWS)
+def test_a_row_of_the_usual_shape_stays_as_it_is_and_no_other_is_lost(row: dict[str, Any]) -> None:
+    rows = unfolded(row)
+    assert rows
+    if not any(
+        isinstance(value, dict) or (isinstance(value, list) and value and isinstance(value[0], dict))
+        for value in row.values()
+    ):
+        assert rows == [row]
