@@ -191,7 +191,8 @@ class WorkList:
             annotator: their name.
         """
         person = self._of(annotator)
-        return next((item for item in person.held if item not in person.labelled | self._withheld), None)
+        done = person.labelled | self._withheld  # once: they have labelled thousands
+        return next((item for item in person.held if item not in done), None)
 
     def free_seat(self, annotator: str, shared: float) -> Seat | None:
         """A seat for an annotator at the first item that has one, or None.

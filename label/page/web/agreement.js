@@ -142,13 +142,15 @@ function decide(verdict, error) {
   attempt(async () => {
     await ask("/api/decide", { annotator, item: current.id, verdict, error, note: $("note").value.trim() });
     const from = current.index;
-    await refresh();
-    const isOpen = ({ decided_by: decider }) => decider === null;
-    const later = differences.findIndex((difference, index) => index >= from && isOpen(difference));
-    const rest = later < 0 ? differences.findIndex(isOpen) : later;
-    if (rest < 0) back();
-    else await open(rest);
-    say(rest < 0 ? "Saved. Nothing is left to decide." : "Saved: your label counts. Here is the next difference.");
+    await afterwards("Saved: your label counts", async () => {
+      await refresh();
+      const isOpen = ({ decided_by: decider }) => decider === null;
+      const later = differences.findIndex((difference, index) => index >= from && isOpen(difference));
+      const rest = later < 0 ? differences.findIndex(isOpen) : later;
+      if (rest < 0) back();
+      else await open(rest);
+      say(rest < 0 ? "Saved. Nothing is left to decide." : "Saved: your label counts. Here is the next difference.");
+    });
   });
 }
 
@@ -157,13 +159,25 @@ function reopen() {
   attempt(async () => {
     const { id, decided } = current;
     await ask("/api/reopen", { annotator, entry: decided.entry });
-    await refresh();
-    const place = differences.findIndex(({ item_id: item }) => item === id);
-    // One of the two may have changed a label meanwhile, or the list may be full.
-    if (place < 0) back();
-    else await open(place);
-    say(place < 0 ? "Taken back: the answer is open again, but not among the differences listed here." : "Taken back: the answer is open again.");
+    await afterwards("Taken back: the answer is open again", async () => {
+      await refresh();
+      const place = differences.findIndex(({ item_id: item }) => item === id);
+      // One of the two may have changed a label meanwhile, or the list may be full.
+      if (place < 0) back();
+      else await open(place);
+      say(place < 0 ? "Taken back: the answer is open again, but not among the differences listed here." : "Taken back: the answer is open again.");
+    });
   });
+}
+
+// What is written stays written, also where the list cannot be fetched afterwards.
+async function afterwards(done, work) {
+  try {
+    await work();
+  } catch (error) {
+    if (!(error instanceof Refused)) throw error;
+    say(`${done}. The list could not be fetched again: ${error.message}. Reload the page.`);
+  }
 }
 
 function back() {

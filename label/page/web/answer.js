@@ -9,8 +9,9 @@ const JUMPS = {
   ".": ["sentence", true], ",": ["sentence", false], "Ctrl+ArrowDown": ["sentence", true], "Ctrl+ArrowUp": ["sentence", false],
   j: ["step", true], k: ["step", false], PageDown: ["step", true], PageUp: ["step", false],
 };
-// With Shift, these keys give other characters.
+// With Shift, these keys give other signs. A letter is what it is, wherever a layout has it.
 const OF_CODE = { Period: ".", Comma: "," };
+const LETTER = /^\p{L}$/u;
 const SHOWN_SPACE = { "\n": "line break", "\t": "tab", " ": "space" };
 
 export class AnswerView {
@@ -146,7 +147,8 @@ export class AnswerView {
   }
 
   jump(event, extend) {
-    const key = event.key.length === 1 ? OF_CODE[event.code] ?? event.key.toLowerCase() : event.key;
+    const sign = LETTER.test(event.key) ? event.key.toLowerCase() : OF_CODE[event.code] ?? event.key;
+    const key = event.key.length === 1 ? sign : event.key;
     const jump = JUMPS[event.ctrlKey ? `Ctrl+${key}` : key];
     if (!jump || !this.pieces.length) return null;
     const [unit, forwards] = jump;

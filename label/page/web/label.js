@@ -69,7 +69,8 @@ function showItem() {
   if (draft.error) answer.markSpan(draft.error);
   showMark();
   scrollTo(0, 0);
-  if (!draft.error && item.imported[0]?.error) answer.beginAt(item.imported[0].error);
+  const shaded = item.imported.find(({ error }) => error);
+  if (!draft.error && shaded) answer.beginAt(shaded.error);
   answer.box.focus({ preventScroll: true });
 }
 

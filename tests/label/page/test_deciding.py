@@ -88,6 +88,21 @@ def test_an_answer_on_which_they_agree_when_it_is_opened_again_leads_back_to_the
         assert "not among the differences" in page.inner_text("#status")
 
 
+def test_a_decision_that_is_saved_is_not_called_undone_where_the_list_cannot_be_fetched(
+    visit: Visit, disputed: Store
+) -> None:
+    with Served(disputed) as address:
+        page = visit(address, name="carol", path="/agreement")
+        page.get_by_role("button", name="a", exact=True).press("Enter")
+        page.wait_for_selector("#case:visible")
+        page.route("**/api/agreement", lambda route: route.abort())
+        press(page, "1")
+        page.wait_for_selector("body:not(.busy)")
+        page.wait_for_function("() => document.getElementById('status').textContent.includes('Reload the page')")
+        assert page.inner_text("#status").startswith("Saved: your label counts.")
+        assert label_of(disputed, "a").labelled_by == "carol"
+
+
 def test_a_party_and_a_stranger_without_a_name_cannot_decide(visit: Visit, disputed: Store) -> None:
     with Served(disputed) as address:
         for name, told in (("alice", "somebody else decides"), (None, "Give your name")):

@@ -50,6 +50,16 @@ def test_jumps_go_by_word_by_sentence_and_by_step(page: Page) -> None:
     assert after(page, "PageDown", "PageUp") == ["Then", "First"]
 
 
+def test_a_letter_jumps_wherever_a_layout_has_it(page: Page) -> None:
+    """On Dvorak, w lies where others have the comma, and v where they have the full stop."""
+    press(page, "w")
+    page.evaluate(
+        "document.getElementById('answer').dispatchEvent("
+        "new KeyboardEvent('keydown', { key: 'w', code: 'Comma', bubbles: true }))"
+    )
+    assert marked(page) == ["add"]
+
+
 def test_with_shift_a_jump_marks_to_the_end_of_the_word_sentence_or_step(page: Page) -> None:
     press(page, "j", "j")
     assert after(page, "Shift+W", "Shift+>", "Shift+J") == [

@@ -16,6 +16,7 @@ from sqlalchemy import Engine, event
 
 from draftsmith.label.schema import Answer, Label
 from draftsmith.label.store.store import Store
+from draftsmith.label.store.work_list import WorkList
 
 STEPS = "1+1=2\n2+2=5"
 STEP = (6, 11)
@@ -230,6 +231,17 @@ def test_a_request_reads_no_more_of_20000_items_than_of_200(tmp_path: Path, shar
                 hundreds[num_items] = steps[0]
     assert hundreds[20_000] < 2 * hundreds[200] + 20, hundreds
     assert seconds[20_000] < 5, "some twenty requests, on a busy machine"
+
+
+def test_finding_the_open_item_costs_no_more_for_each_label_when_there_are_thousands() -> None:
+    work, count, seconds = WorkList(), 6000, []
+    person = work._of("alice")
+    person.held, person.labelled = dict.fromkeys(range(count), 1), set(range(count - 1))
+    for _ in range(3):
+        began = time.perf_counter()
+        assert work.open_item("alice") == count - 1
+        seconds.append(time.perf_counter() - began)
+    assert min(seconds) < 0.02, "one union of thousands, not one for each label"
 
 
 def test_no_query_of_a_request_scans_a_table(tmp_path: Path) -> None:
