@@ -44,7 +44,12 @@ class Counting:
 
 
 def counting(
-    rows: Iterable[StepNumber] | StepEvidence, published: int, name: str, choice: FirstStep, need: int = 1
+    rows: Iterable[StepNumber] | StepEvidence,
+    published: int,
+    name: str,
+    choice: FirstStep,
+    need: int = 1,
+    must_be_shown: bool = False,
 ) -> Counting:
     """How a file counts its steps.
 
@@ -60,6 +65,7 @@ def counting(
         name: of the format.
         choice: of the user; `auto` decides by the rows.
         need: how many numbers have to speak against a format that counts from 0.
+        must_be_shown: the rows alone decide, whatever the format says.
 
     Raises:
         ValueError: the rows leave it in doubt.
@@ -67,7 +73,10 @@ def counting(
     if choice != "auto":
         return Counting(int(choice == "one"), f"steps are counted from {int(choice == 'one')}, as --first_step says")
     seen = rows if isinstance(rows, StepEvidence) else StepEvidence(rows)
-    first, why = seen.from_zero_unless(need) if published == 0 else seen.from_one_unless()
+    if must_be_shown:
+        first, why = seen.shown()
+    else:
+        first, why = seen.from_zero_unless(need) if published == 0 else seen.from_one_unless()
     if first is None:
         raise ValueError(
             f"the file may count its steps from 0 or from 1: {why}; "
@@ -155,6 +164,15 @@ class StepEvidence:
         if self.num_last > self.num_zero or not (self.num_none or self.num_sure_zero):
             return None, f"{last}, and it is 0 in {num_rows(self.num_zero)}"
         return 0, ""
+
+    def shown(self) -> tuple[int | None, str]:
+        """The number of the first step as the rows alone show it, and why; None where they do not."""
+        last, zero = num_rows(self.num_last), num_rows(self.num_zero)
+        if self.num_zero and self.num_none and not self.num_last:
+            return 0, f"the number is 0 in {zero}, and {self.num_none} others name no step"
+        if self.num_last and not self.num_zero:
+            return 1, f"the number equals that of the steps in {last}, and it is never 0"
+        return None, f"the number is 0 in {zero}, equals that of the steps in {last}, and {self.num_none} name no step"
 
     def from_one_unless(self) -> tuple[int | None, str]:
         """The number of the first step where the format counts from 1, and why it is another or (None) in doubt."""

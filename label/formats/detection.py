@@ -13,8 +13,16 @@ from draftsmith.label.formats.prm800k import is_published
 from draftsmith.label.formats.replies import ends_with_a_reply
 from draftsmith.label.formats.row_shapes import is_step_row
 from draftsmith.label.formats.solutions import solutions_of
-from draftsmith.label.formats.step_labels import MARK, STEP_FIELDS, label_lists, other_label_lists, step_list
-from draftsmith.label.formats.step_sets import ERROR_INDICES, LAYOUTS
+from draftsmith.label.formats.step_labels import (
+    LABEL_FIELDS,
+    MARK,
+    OF_STEP,
+    STEP_FIELDS,
+    label_lists,
+    other_label_lists,
+    step_list,
+)
+from draftsmith.label.formats.step_sets import LAYOUTS, LESS_KNOWN_ERRORS
 
 Format = Literal[
     "auto",
@@ -48,7 +56,12 @@ def detect(row: Row, place: str) -> Format:
     if fitting:
         return fitting[0]
     known = ", ".join(name for name in get_args(Format) if name != "auto")
-    raise ValueError(f"{place}: no known format has the fields {sorted(row)}; name one with --format ({known})")
+    texts = [name for name in (*STEP_FIELDS, *LABEL_FIELDS) if str(row.get(name)).lstrip().startswith("[")]
+    unread = [name for name in texts if isinstance(unpacked(row[name]), str)]
+    no_list = f"; {' and '.join(unread)} cannot be read as a list; write it as JSON, [..., ...]" if unread else ""
+    raise ValueError(
+        f"{place}: no known format has the fields {sorted(row)}; name one with --format ({known}){no_list}"
+    )
 
 
 def fitting_formats(row: Row) -> list[Format]:
@@ -70,7 +83,13 @@ def _has_labels_of_steps(row: Row, fields: set[str]) -> bool:
     steps = next((inside for name in STEP_FIELDS if isinstance(inside := step_list(row, name), list)), None)
     if steps is None:
         return False
-    return bool(label_lists(row) or other_label_lists(row)) or any(isinstance(step, Mapping) for step in steps)
+    objects = [step for step in steps if isinstance(step, Mapping)]
+    return bool(label_lists(row) or other_label_lists(row)) or any(name in step for step in objects for name in OF_STEP)
+
+
+def _has_objects_for_steps(row: Row, fields: set[str]) -> bool:
+    lists = (inside for name in STEP_FIELDS if isinstance(inside := step_list(row, name), list))
+    return any(isinstance(step, Mapping) for step in next(lists, []))
 
 
 def _has_number_beside_steps(row: Row, fields: set[str]) -> bool:
@@ -113,6 +132,7 @@ _SIGNS: tuple[tuple[Format, Callable[[Row, set[str]], bool]], ...] = (
     ("autojudge", lambda _, fields: {"prefix", "draft_token", "important"} <= fields),
     ("step-rows", lambda row, _: is_step_row(row)),
     ("solutions", lambda row, fields: "question" in fields and bool(solutions_of(row))),
-    ("mistake", lambda _, fields: bool(fields & {*LAYOUTS["mistake"].steps} and fields & {*ERROR_INDICES})),
+    ("mistake", lambda _, fields: bool(fields & {*LAYOUTS["mistake"].steps} and fields & {*LESS_KNOWN_ERRORS})),
     ("replies", lambda row, fields: not fields & {"verdict", "response"} and ends_with_a_reply(row)),
+    ("step-labels", _has_objects_for_steps),  # for its reason why they give nothing
 )

@@ -298,14 +298,15 @@ def _reader(
     """What holds for all rows of a file, in words, and the reader that keeps to it."""
     if row_format in LAYOUTS:
         layout, evidence = LAYOUTS[row_format], StepEvidence()
-        has_signature = False
+        has_signature = is_less_known = False
         for row in rows:
             has_signature = has_signature or layout.is_signed(row)
+            is_less_known = is_less_known or layout.is_less_known(row)
             number = layout.seen(row)
             if number is not None:
                 evidence.add(number)
         need = 2 if has_signature else layout.need
-        counted = known or counting(evidence, layout.first, row_format, first_step, need)
+        counted = known or counting(evidence, layout.first, row_format, first_step, need, is_less_known)
         ends = [] if layout.verdict_is_of_steps else evidence.unplaced_note()
         return [counted.sentence, *ends], lambda row, place, origin: read_step_set(
             layout, counted.first, row, place, origin

@@ -19,6 +19,7 @@ from draftsmith.label.formats.step_sets import LAYOUTS, StepLayout
 from draftsmith.label.store.label_source import LabelSource
 
 _ENOUGH = 9  # different numbers are no verdicts
+_MANY = 8  # rows that have no numbers but those of verdicts
 _NOBODY = LabelSource("", "nobody", "none")
 # Fields that PRM800K has and sets with ratings of 1 and 0 have not.
 _PRM800K_FIELDS = ("tail", "problem_in_MATH", "finish_reason", "pre_generated_steps")
@@ -115,7 +116,8 @@ class _LabelEvidence:
     """How often a whole number in `label` fits the labels of the steps beside it, as a number and as a verdict."""
 
     def __init__(self) -> None:
-        self._num_rows = 0
+        self._num_rows = self._num_numbers = 0
+        self._is_signed = False
         self._field = ""
         self._numbers: set[int] = set()
         self._has_minus = False
@@ -126,6 +128,8 @@ class _LabelEvidence:
         number, lists = whole(row.get("label")), label_lists(row)
         if number is None:
             return
+        self._num_numbers += 1
+        self._is_signed = self._is_signed or LAYOUTS["processbench"].is_signed(row)
         self._numbers = {*self._numbers, number} if len(self._numbers) < _ENOUGH else self._numbers
         if not lists:
             return
@@ -147,6 +151,7 @@ class _LabelEvidence:
         Raises:
             ValueError: the rows leave it in doubt.
         """
+        self._check_verdicts()
         fitting = self._fitting[self._has_minus]
         as_number = max(fitting["from 0"], fitting["from 1"])
         as_verdict = max(fitting["1 is right"], fitting["1 is wrong"])
@@ -171,6 +176,21 @@ class _LabelEvidence:
             f"label may be the number of the first wrong step, or a verdict on the whole answer: {self._field} beside it fits the number "
             f"in {as_number} and the verdict in {as_verdict} of {num_rows(self._num_rows)}; say --format processbench if label is the "
             f"number, else --format step-labels, which reads {self._field}"
+        )
+
+    def _check_verdicts(self) -> None:
+        """Refuses a file without lists whose numbers are no others than those of verdicts on whole answers.
+
+        Raises:
+            ValueError: it is such a file, in which each label may be false.
+        """
+        are_verdicts = self._numbers in ({0, 1}, {-1, 1})
+        if self._num_rows or self._is_signed or self._num_numbers < _MANY or not are_verdicts:
+            return
+        low, high = sorted(self._numbers)
+        raise ValueError(
+            f"label is {low} or {high} in all {num_rows(self._num_numbers)}: the number of the first wrong step, or a verdict on the whole "
+            "answer; say --format processbench if it is the number; a verdict places no error, and cannot be imported"
         )
 
     def _check_numbers(self, fitting: Counter[str]) -> None:

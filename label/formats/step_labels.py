@@ -44,7 +44,7 @@ STEP_FIELDS = (
     "solution",
     "response",
 )
-_LABEL_FIELDS = ("labels", "step_labels", "human_labels", "ratings", "step_ratings", "label", "rating")
+LABEL_FIELDS = ("labels", "step_labels", "human_labels", "ratings", "step_ratings", "label", "rating")
 # Lists that count where no field above has any: in other sets they may be a model's opinion.
 _OTHER_LABEL_FIELDS = (
     "process_correctness",
@@ -175,7 +175,7 @@ def label_lists(row: Row) -> list[str]:
     Args:
         row: of a file.
     """
-    return [name for name in _LABEL_FIELDS if isinstance(unpacked(row.get(name)), list)]
+    return [name for name in LABEL_FIELDS if isinstance(unpacked(row.get(name)), list)]
 
 
 def other_label_lists(row: Row) -> list[str]:

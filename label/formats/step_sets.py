@@ -34,8 +34,20 @@ _SECTION = re.compile(r"(?im)^\s*section\s*\d+\s*:")
 _NO_OPTIONS = ("", "n/a", "none", "[]")
 _NAMED_STEP = re.compile(r"(?:step|paragraph|section|line)?\s*#?\s*(\d{1,9})", re.IGNORECASE)
 _NO_ERROR = ("no error", "no errors", "no mistake", "no mistakes", "correct", "all correct")
-ERROR_INDICES = ("first_error_index", "first_error_idx", "error_index", "error_idx", "first_mistake_index")
-"""Names of the index of the first wrong step in sets of less known layouts."""
+LESS_KNOWN_ERRORS = (
+    "first_error_index",
+    "first_error_idx",
+    "first_error_step_index",
+    "error_index",
+    "error_idx",
+    "error_step_index",
+    "error_step",
+    "wrong_step",
+    "first_incorrect_step",
+    "first_mistake_step",
+    "first_mistake_index",
+)
+"""Names of the first wrong step in sets of which nothing says from which number they count: their rows have to show it."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +83,10 @@ class StepLayout:
         """The name of the field with the number."""
         return field_of(row, self.errors)
 
+    def is_less_known(self, row: Row) -> bool:
+        """Whether only the rows can show from which number the file counts."""
+        return self.field(row) in LESS_KNOWN_ERRORS
+
     def is_signed(self, row: Row) -> bool:
         """Whether a row has a field that is the published set's own."""
         return any(name in row for name in self.signature)
@@ -88,7 +104,7 @@ LAYOUTS = {
     "mistake": StepLayout(
         ("input", *QUESTIONS),
         ("steps", "solution_steps", "reasoning_steps"),
-        ("mistake_index", *ERROR_INDICES),
+        ("mistake_index", *LESS_KNOWN_ERRORS),
         first=0,
         ends=("answer", "target"),
         need=2,

@@ -297,11 +297,43 @@ def test_a_number_of_a_step_may_have_its_word_before_it_and_none_may_be_said_in_
     assert labels(read(tmp_path, *rows)) == [STEPS[1], STEPS[2], "correct", "correct", "correct"]
 
 
-def test_an_index_of_the_first_error_counts_from_0_unless_the_rows_say_else(tmp_path: Path) -> None:
-    rows = [QUESTION | {"steps": STEPS, "first_error_index": at} for at in (0, 2, -1, None)]
-    assert labels(read(tmp_path, *rows)) == [STEPS[0], STEPS[2], "correct", "correct"]
-    from_1 = [QUESTION | {"steps": STEPS, "first_error_index": at} for at in (1, 3, 3, -1)]
-    assert labels(read(tmp_path, *from_1)) == [STEPS[0], STEPS[2], STEPS[2], "correct"]
+@pytest.mark.parametrize("field", ["first_error_index", "error_step"])
+def test_a_less_known_name_counts_as_the_rows_show_or_not_at_all(tmp_path: Path, field: str) -> None:
+    def numbered(*numbers: int | None) -> list[dict[str, Any]]:
+        return [QUESTION | {"steps": STEPS, field: number} for number in numbers]
+
+    assert labels(read(tmp_path, *numbered(0, 2, -1, None))) == [STEPS[0], STEPS[2], "correct", "correct"]
+    assert labels(read(tmp_path, *numbered(1, 3, -1))) == [STEPS[0], STEPS[2], "correct"]
+    for numbers in ((1, 2, -1), (0, 2, 1), (0, 3, -1)):
+        with pytest.raises(
+            ValueError, match=r"may count its steps from 0 or from 1: the number is 0 in .* --first_step"
+        ):
+            read(tmp_path, *numbered(*numbers))
+
+
+def test_a_number_beside_steps_that_are_objects_without_labels_is_that_of_a_step(tmp_path: Path) -> None:
+    steps = [{"text": text} for text in STEPS]
+    imported = read(tmp_path, QUESTION | {"steps": steps, "label": 1}, QUESTION | {"steps": steps, "label": -1})
+    assert (imported.format, labels(imported)) == ("processbench", [STEPS[1], "correct"])
+    with pytest.raises(ValueError, match="each step is an object with label"):
+        read(tmp_path, QUESTION | {"steps": steps})
+
+
+@pytest.mark.parametrize("verdicts", [(0, 1), (-1, 1)])
+def test_numbers_that_are_verdicts_in_every_row_are_not_taken_for_steps(
+    tmp_path: Path, verdicts: tuple[int, int]
+) -> None:
+    rows = [{"question": str(at), "steps": STEPS, "label": verdicts[at % 2]} for at in range(8)]
+    with pytest.raises(ValueError, match=r"label is -?[01] or 1 in all 8 rows: .* say --format processbench if"):
+        read(tmp_path, *rows)
+    assert len(read(tmp_path, *rows, row_format="processbench").answers) == 8
+    assert len(read(tmp_path, *rows, {"question": "q", "steps": STEPS, "label": 2}).answers) == 9
+
+
+def test_a_cell_that_is_no_list_is_named_where_no_format_fits(tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text("question,steps,labels\nq,\"['a', 'b']\",[1 0]\n")
+    with pytest.raises(ValueError, match=r"; labels cannot be read as a list; write it as JSON"):
+        read_file(tmp_path / "in.csv")
 
 
 def test_further_lists_count_only_where_no_usual_one_labels_the_steps(tmp_path: Path) -> None:

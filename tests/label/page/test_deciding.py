@@ -100,7 +100,9 @@ def test_a_decision_that_is_saved_is_not_called_undone_where_the_list_cannot_be_
         page.wait_for_selector("body:not(.busy)")
         page.wait_for_function("() => document.getElementById('status').textContent.includes('Reload the page')")
         assert page.inner_text("#status").startswith("Saved: your label counts.")
-        assert label_of(disputed, "a").labelled_by == "carol"
+        label = label_of(disputed, "a")
+        assert label is not None
+        assert label.labelled_by == "carol"
 
 
 def test_a_party_and_a_stranger_without_a_name_cannot_decide(visit: Visit, disputed: Store) -> None:

@@ -234,7 +234,7 @@ def test_a_request_reads_no_more_of_20000_items_than_of_200(tmp_path: Path, shar
 
 
 def test_finding_the_open_item_costs_no_more_for_each_label_when_there_are_thousands() -> None:
-    work, count, seconds = WorkList(), 6000, []
+    work, count, seconds = WorkList(), 6000, list[float]()
     person = work._of("alice")
     person.held, person.labelled = dict.fromkeys(range(count), 1), set(range(count - 1))
     for _ in range(3):
