@@ -69,7 +69,7 @@ def test_memory_does_not_grow_with_the_answers(tmp_path: Path, make: Make) -> No
 
 def test_a_first_addition_that_fails_leaves_no_store(place: str, make: Make) -> None:
     def broken() -> Iterator[Answer]:
-        yield from (make(f"n{number}") for number in range(2 * BATCH))
+        yield from (make(f"n{number}", "x" * 6000) for number in range(2 * BATCH))  # more than SQLite holds in memory
         raise ValueError("the file contradicts itself")
 
     with Store(place, create=True, with_first_rows=True) as store, pytest.raises(ValueError, match="contradicts"):
