@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from draftsmith import cli
+from draftsmith.data.formats import Message
 from draftsmith.label.schema import Answer, Label, read_answers
 from draftsmith.label.store.records import BATCH
 from draftsmith.label.store.store import Store
@@ -33,7 +34,7 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 
 def answer(number: int) -> Answer:
     label = Label("wrong", "set", "person", (19, 20)) if number % 2 else Label("correct", "set", "person")
-    messages = ({"role": "user", "content": f"How many? {number // 2}"},)
+    messages = (Message(role="user", content=f"How many? {number // 2}"),)
     return Answer(f"n{number}", messages, TEXT, f"m{number % 2}", "MIT", "tests", label)
 
 

@@ -260,7 +260,7 @@ def test_a_row_for_each_step_says_what_a_row_for_each_answer_says(ratings: list[
     """Whatever is right or wrong, and whether steps count from 0 or from 1: no label moves, and no answer is lost."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        answers = [
+        answers: list[dict[str, Any]] = [
             {"question": f"q{at}", "steps": [f"s{number}" for number in range(len(listed))], "labels": listed}
             for at, listed in enumerate(ratings)
         ]
