@@ -11,7 +11,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from draftsmith.data.benchmark_fields import PLACEHOLDER, is_question
+from draftsmith.data.chats.beside import tools_and_variables, unwanted, with_system, without_tools
+from draftsmith.data.chats.gemini import flat_gemini, is_gemini
 from draftsmith.data.chats.logs import flat_log, is_log
+from draftsmith.data.chats.media import place_media
 from draftsmith.data.chats.messages import (
     ROLE_FIELDS,
     Message,
@@ -19,18 +22,19 @@ from draftsmith.data.chats.messages import (
     is_given,
     is_plain,
     listed,
-    read_content,
     read_turns,
 )
-from draftsmith.data.chats.tool_calls import read_tools, says_nothing, without_fillers
-from draftsmith.json_rows import UnusableRow, parse_object
+from draftsmith.data.chats.pairs import turns_of_pairs
+from draftsmith.data.chats.responses_api import flat_responses, is_responses
+from draftsmith.data.chats.tool_calls import without_fillers
+from draftsmith.json_rows import UnusableRow
 
 __all__ = ["Conversation", "Format", "Message", "UnusableRow", "detect_format", "row_id", "to_conversation"]
 
-Format = Literal["auto", "openai", "sharegpt", "alpaca", "gsm8k", "specbench", "prompt", "text", "log"]
+Format = Literal[
+    "auto", "openai", "sharegpt", "alpaca", "gsm8k", "specbench", "prompt", "text", "log", "responses", "gemini"
+]
 
-_SYSTEM_FIELDS = ("system", "system_prompt")
-_MEDIA_FIELDS = ("images", "image", "videos", "video", "audios", "audio")
 _CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
 
 
@@ -40,7 +44,7 @@ class Conversation:
 
     Attributes:
         turns: an optional system turn, then the user's turns, each with the data set's own answer behind it where there is one.
-            Between the two may be calls of tools and what these gave back.
+            Between them may be calls of tools, what these gave back, and further turns of the system.
         text: set instead for a plain document (base models).
         flaw: why the answers cannot be learned from, though what the user asks is fit for a prompt.
         tools: definitions of the tools that may be called.
@@ -116,6 +120,10 @@ def detect_format(row: Mapping[str, Any]) -> Format:
         return "log"
     if "messages" in fields and (row["messages"] or "text" not in fields):
         return "openai"
+    if is_gemini(row):
+        return "gemini"
+    if is_responses(row):
+        return "responses"
     if fields & {"conversations", "conversation"}:
         return "sharegpt"
     if "instruction" in fields:
@@ -127,6 +135,8 @@ def detect_format(row: Mapping[str, Any]) -> Format:
             return _SINGLE_FIELD[name]
     if {"question", "response"} <= fields or _is_list(row.get("chosen")):
         return "prompt"
+    if all(isinstance(row.get(name), str) for name in ("input", "output")):
+        return "responses"
     if "chosen" in fields:
         raise UnusableRow(
             "chosen is a text without a prompt; give turns, as in [{'role': 'user', 'content': ...}, ...]"
@@ -148,18 +158,28 @@ def to_conversation(row: Mapping[str, Any], row_format: Format) -> Conversation:
     Raises:
         UnusableRow: the row holds no usable prompt, or a known field holds something that is not read.
     """
-    flaw = None
-    if row_format == "log":
-        row, flaw = flat_log(row)
+    flaw = unwanted(row)
+    if row_format in _FLATTENED:
+        row, cut = _FLATTENED[row_format](row)
+        flaw = flaw or cut
     conversation = _READERS[row_format](row)
     if conversation.text is not None:
         return conversation
-    tools, variables = _tools_and_variables(row)
-    turns = without_fillers(_with_system(row, conversation.turns), tools)
+    turns, inner = without_tools(conversation.turns)
+    tools, variables = tools_and_variables(row, inner)
+    turns = place_media(row, without_fillers(with_system(row, turns), tools))
     conversation = replace(conversation, turns=turns, tools=tools, variables=variables, flaw=conversation.flaw or flaw)
     _check_words(conversation)
-    _check_media(row, conversation)
     _check_json(conversation)
+    return _checked_turns(conversation)
+
+
+def _checked_turns(conversation: Conversation) -> Conversation:
+    """Check that each turn says something; a question must, and an answer that does not cannot be learned from.
+
+    Raises:
+        UnusableRow: a question or a tool's turn is empty, or nobody asks.
+    """
     for number, turn in enumerate(conversation.turns):
         # What an empty system turn shows is the template's choice: often it takes the place of the template's own words.
         if is_plain(turn) and turn["role"] != "system" and not turn["content"].strip():
@@ -167,6 +187,9 @@ def to_conversation(row: Mapping[str, Any], row_format: Format) -> Conversation:
             if turn["role"] != "assistant":
                 raise UnusableRow(reason)
             conversation = replace(conversation, flaw=reason)
+        # A budget that ended within the thought left it so; the end token behind it would be learned.
+        if "reasoning_content" in turn and "tool_calls" not in turn and not turn["content"].strip():
+            conversation = replace(conversation, flaw=f"a thought without words or a call behind it (turn {number})")
     if not any(turn["role"] == "user" for turn in conversation.turns):
         raise UnusableRow("no user turn")
     return conversation
@@ -213,37 +236,6 @@ def text_field(row: Mapping[str, Any], name: str) -> str:
     return value
 
 
-def _with_system(row: Mapping[str, Any], turns: Sequence[Message]) -> tuple[Message, ...]:
-    """The turns behind the system's text that lies beside them.
-
-    Raises:
-        UnusableRow: it is no text, the turns begin with another, or two fields differ.
-    """
-    texts = {name: _system_text(row[name], name) for name in _SYSTEM_FIELDS if _says_something(row.get(name))}
-    texts = {name: text for name, text in texts.items() if text.strip()}
-    if len({text.strip() for text in texts.values()}) > 1:
-        raise UnusableRow(f"the row has two different texts in {' and '.join(texts)}; one of them is enough")
-    for name, text in texts.items():
-        if not turns or turns[0]["role"] != "system":
-            return (Message(role="system", content=text), *turns)
-        if turns[0]["content"].strip() != text.strip():
-            raise UnusableRow(f"the row has {name} and another system turn; one of them is enough")
-    return tuple(turns)
-
-
-def _says_something(value: Any) -> bool:
-    """Whether a field of a system's text is in use; a flag or an empty value is not."""
-    return bool(value) and not isinstance(value, bool)
-
-
-def _system_text(value: Any, name: str) -> str:
-    text, parts = read_content(value, name)
-    if parts is not None:
-        kind = next(part["type"] for part in parts if part["type"] != "text")
-        raise UnusableRow(f"{name} has a part of the type {kind!r}; beside the turns, a system's words are text")
-    return text
-
-
 def _check_words(conversation: Conversation) -> None:
     """Check that a benchmark's row holds its question, and not the note that somebody has to fetch it.
 
@@ -258,42 +250,6 @@ def _check_words(conversation: Conversation) -> None:
 
 def _is_list(value: object) -> bool:
     return isinstance(value, list | tuple)
-
-
-def _tools_and_variables(row: Mapping[str, Any]) -> tuple[tuple[dict[str, Any], ...], dict[str, Any]]:
-    """The tools of a row, which may lie among its template's variables, and the other variables.
-
-    Raises:
-        UnusableRow: it has different tools in both places, or what is none of either.
-    """
-    tools, variables = read_tools(row), _variables(row)
-    inner = read_tools({"tools": variables.pop("tools", None)})
-    if tools and inner and tools != inner:
-        raise UnusableRow("the row has tools, and others in chat_template_kwargs; one of them is enough")
-    return tools or inner, variables
-
-
-def _variables(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The template's variables of one row, as TRL and Transformers name them; null ones count as absent."""
-    value = row.get("chat_template_kwargs")
-    if isinstance(value, str) and value.strip():
-        value = parse_object(value.encode(errors="surrogatepass"))
-    if value in (None, ""):
-        return {}
-    if not isinstance(value, Mapping):
-        raise UnusableRow(f"chat_template_kwargs is {type(value).__name__}, not an object")
-    return {name: entry for name, entry in value.items() if entry is not None}
-
-
-def _check_media(row: Mapping[str, Any], conversation: Conversation) -> None:
-    """Check that pictures beside the turns have their places in them.
-
-    Raises:
-        UnusableRow: no turn has a part for them.
-    """
-    for name in _MEDIA_FIELDS:
-        if not says_nothing(row.get(name)) and not any("parts" in turn for turn in conversation.turns):
-            raise UnusableRow(f"the row has {name}, and no turn has a part for them")
 
 
 def _check_json(conversation: Conversation) -> None:
@@ -318,8 +274,8 @@ def _asked(turns: Sequence[Message], answer: Any, field: str) -> Conversation:
     for number, turn in enumerate(turns):
         if turn["role"] == "assistant" and not is_given(turns, number):
             raise UnusableRow(f"turn {number} is the assistant's in a row whose answers are in {field!r}")
-        if turn["role"] == "system" and number:
-            raise UnusableRow(f"turn {number} is the system's where the user's belongs")
+        if turn["role"] == "tool" and number and turns[number - 1]["role"] == "system":
+            raise UnusableRow(f"turn {number - 1} is the system's before a turn of a tool; put it before the question")
     answers = [answer] if isinstance(answer, str) else [] if answer is None else answer
     num_users = sum(turn["role"] == "user" for turn in turns)
     if answers and any(turn["role"] == "tool" for turn in turns):
@@ -330,10 +286,14 @@ def _asked(turns: Sequence[Message], answer: Any, field: str) -> Conversation:
         return Conversation(tuple(turns), flaw=f"field {field!r} has {len(answers)} answers to {num_users} user turns")
     left = iter(answers)
     woven: list[Message] = []
-    for turn in turns:
-        woven.append(turn)
+    # The system's turns behind the last question come before its answer.
+    num_asked = max((number for number, turn in enumerate(turns, 1) if turn["role"] != "system"), default=0)
+    for number, turn in enumerate(turns, 1):
+        woven += turns[number - 1 :] if number == num_asked else [turn]
         if turn["role"] == "user" and (text := next(left, None)) is not None:
             woven.append(Message(role="assistant", content=text))
+        if number == num_asked:
+            break
     return Conversation(tuple(woven))
 
 
@@ -351,8 +311,12 @@ def _openai(row: Mapping[str, Any]) -> Conversation:
 
 
 def _sharegpt(row: Mapping[str, Any]) -> Conversation:
+    """`conversations` of turns, or of pairs; LLaMA-Factory puts the last answer, the better of two, into `chosen`."""
     given = row.get("conversations")
-    return _conversation(read_turns(row.get("conversation") if given is None else given))
+    turns = read_turns(turns_of_pairs(row.get("conversation") if given is None else given))
+    chosen = row.get("chosen")
+    is_unanswered = turns[-1]["role"] != "assistant" and isinstance(chosen, Mapping)
+    return _conversation([*turns, *read_turns([chosen])] if is_unanswered else turns)
 
 
 def _alpaca(row: Mapping[str, Any]) -> Conversation:
@@ -441,6 +405,11 @@ def _text(row: Mapping[str, Any]) -> Conversation:
     return Conversation(text=text)
 
 
+_FLATTENED: dict[str, Callable[[Mapping[str, Any]], tuple[dict[str, Any], str | None]]] = {
+    "log": flat_log,
+    "responses": flat_responses,
+    "gemini": flat_gemini,
+}
 _SINGLE_FIELD: dict[str, Format] = {"turns": "specbench", "prompt": "prompt", "text": "text"}
 
 _READERS: dict[str, Callable[[Mapping[str, Any]], Conversation]] = {
@@ -452,4 +421,6 @@ _READERS: dict[str, Callable[[Mapping[str, Any]], Conversation]] = {
     "prompt": _prompt,
     "text": _text,
     "log": _openai,
+    "responses": _openai,
+    "gemini": _openai,
 }

@@ -17,7 +17,7 @@ from typing import Any
 
 from draftsmith import provenance
 from draftsmith.data.benchmark_fields import benchmark_fields
-from draftsmith.data.chats.messages import as_row, is_blank_system, is_plain
+from draftsmith.data.chats.messages import as_row, check_askable, is_blank_system, is_plain
 from draftsmith.data.formats import (
     Conversation,
     Format,
@@ -91,7 +91,8 @@ class Prompt:
     def user_turns(self) -> list[list[Message]]:
         """The messages that come before each reply: turn 0 includes the system turn.
 
-        A turn that begins with an assistant's message follows a tool's answer: that call takes the place of the target's own reply.
+        A turn that begins with an assistant's message follows a tool's answer: that call takes the place of the target's own reply. The
+        system's turns come before the question behind them, and those at the end before the last reply.
 
         Returns:
             A list for each reply.
@@ -104,6 +105,8 @@ class Prompt:
             if message["role"] == "user" or (message["role"] == "tool" and next_role != "tool"):
                 turns.append(waiting)
                 waiting = []
+        if turns:
+            turns[-1] += waiting
         return turns
 
 
@@ -226,6 +229,7 @@ class _ReadPrompts:
         try:
             own_format = detect_format(row) if self.format == "auto" else self.format
             conversation = to_conversation(row, own_format)
+            check_askable(conversation.turns)
             _check_new(conversation, place, self._seen)
         except UnusableRow as error:
             self.dropped.append(Dropped(place, str(error), shown_row(row)))

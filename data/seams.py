@@ -19,6 +19,7 @@ import functools
 import hashlib
 from collections.abc import Sequence
 
+from draftsmith.data.chats.messages import is_blank_system
 from draftsmith.data.formats import Message
 from draftsmith.models.target.prompt_template import PromptTemplate, encoded
 from draftsmith.models.target.template_fields import TemplateRefusal
@@ -54,7 +55,8 @@ class Seams:
         """
         template = self._template
         if template.text is None:
-            return encoded(template.tokenizer, "\n" + "\n".join(m["content"] for m in following), special=False)
+            spoken = [message["content"] for message in following if not is_blank_system(message)]
+            return encoded(template.tokenizer, "\n" + "\n".join(spoken), special=False)
         ids = self._behind_reply(asked, following)
         if not reply_ids or reply_ids[-1] not in template.eos_ids:
             return ids
@@ -237,7 +239,7 @@ def check_turns(template: PromptTemplate, turns: Sequence[Sequence[Message]]) ->
             asked.append(_PLAIN_REPLY)
         asked += turn
     template.fields.shown(asked)
-    template.check_tool_turns(asked)
+    template.check_shown_roles(asked)
 
 
 def replaces_reply(turn: Sequence[Message]) -> bool:

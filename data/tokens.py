@@ -128,7 +128,7 @@ class ChatTemplate(PromptTemplate):
             ValueError: a turn holds what the template does not show, or a reply has an end mark in it.
         """
         self.fields.shown(messages)
-        self.check_tool_turns(messages)
+        self.check_shown_roles(messages)
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue

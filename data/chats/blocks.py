@@ -6,12 +6,15 @@ Owns: which blocks are thoughts, calls and results, and the order that they may 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from draftsmith.data.chats.tool_calls import parsed_list, says_nothing
 from draftsmith.json_rows import UnusableRow
 
-_THOUGHT, _CALL, _RESULT = "thinking", "tool_use", "tool_result"
-_BLOCKS = (_THOUGHT, _CALL, _RESULT)
+THOUGHT_TYPE = "thinking"
+"""The type of a block that is a thought."""
+_CALL, _RESULT = "tool_use", "tool_result"
+_BLOCKS = (THOUGHT_TYPE, _CALL, _RESULT)
 # In which order a reply can be rendered: a template shows one thought, then words, then calls.
-_RANK = {_THOUGHT: 0, _CALL: 2}
+_RANK = {THOUGHT_TYPE: 0, _CALL: 2}
 _WORDS_RANK = 1
 _ORDER = "a thought, words, calls"
 
@@ -36,7 +39,7 @@ def spread(turn: Any, place: str) -> list[Any]:
     rest = [block for block in blocks if _kind(block) not in _BLOCKS]
     if any(_kind(block) == _RESULT for block in blocks):
         results = [_result(block, place) for block in blocks if _kind(block) == _RESULT]
-        if any(_kind(block) in (_THOUGHT, _CALL) for block in blocks):
+        if any(_kind(block) in (THOUGHT_TYPE, _CALL) for block in blocks):
             raise UnusableRow(
                 f"{place} has results of a tool beside a thought or a call; give results a turn of their own"
             )
@@ -52,12 +55,12 @@ def spread(turn: Any, place: str) -> list[Any]:
             f"{place} has blocks in another order than {_ORDER}, which no chat template shows; give each a turn"
         )
     fields: dict[str, Any] = {**turn, name: rest}
-    thoughts = [_thought(block, place) for block in blocks if _kind(block) == _THOUGHT]
+    thoughts = [thought_text(block, place) for block in blocks if _kind(block) == THOUGHT_TYPE]
     if thoughts:
         fields["reasoning_content"] = _only_thought(turn.get("reasoning_content"), "\n\n".join(thoughts), place)
     calls = [_call(block) for block in blocks if _kind(block) == _CALL]
     if calls:
-        fields["tool_calls"] = [*(turn.get("tool_calls") or ()), *calls]
+        fields["tool_calls"] = [*_given_calls(turn, place), *calls]
     return [fields]
 
 
@@ -70,14 +73,34 @@ def _kind(block: Any) -> Any:
     return kind if isinstance(kind, str) else None
 
 
-def _thought(block: Mapping[str, Any], place: str) -> str:
-    """A thought is a text, or Mistral's list of texts."""
-    value = block.get(_THOUGHT)
+def _given_calls(turn: Mapping[str, Any], place: str) -> Sequence[Any]:
+    """The calls in the field beside the blocks, which may be JSON text or say nothing."""
+    given = turn.get("tool_calls")
+    if says_nothing(given):
+        return ()
+    given = parsed_list(given, f"{place}: tool_calls") if isinstance(given, str) else given
+    return given if _is_list(given) else (given,)
+
+
+def thought_text(block: Mapping[str, Any], place: str) -> str:
+    """Read a block that is a thought: a text, or Mistral's list of texts.
+
+    Args:
+        block: of a turn.
+        place: what errors call the turn.
+
+    Returns:
+        The thought.
+
+    Raises:
+        UnusableRow: there is no text.
+    """
+    value = block.get(THOUGHT_TYPE)
     parts = value if isinstance(value, Sequence) and _is_list(value) else [value]
     texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
     words = [text for text in texts if isinstance(text, str)]
     if len(words) < len(texts):
-        raise UnusableRow(f"{place}: a part of the type {_THOUGHT!r} has no text in its field {_THOUGHT!r}")
+        raise UnusableRow(f"{place}: a part of the type {THOUGHT_TYPE!r} has no text in its field {THOUGHT_TYPE!r}")
     return "".join(words)
 
 
@@ -85,7 +108,7 @@ def _only_thought(given: Any, thought: str, place: str) -> str:
     """The thought of the blocks, which a field beside them may repeat; a field that is null or blank counts as absent."""
     if given is None or (isinstance(given, str) and given.strip() in ("", thought.strip())):
         return thought
-    raise UnusableRow(f"{place} has two different thoughts, reasoning_content and a part of the type {_THOUGHT!r}")
+    raise UnusableRow(f"{place} has two different thoughts, reasoning_content and a part of the type {THOUGHT_TYPE!r}")
 
 
 def _is_blank_text(block: Any) -> bool:
@@ -101,4 +124,5 @@ def _result(block: Mapping[str, Any], place: str) -> dict[str, Any]:
     if block.get("is_error") not in (None, False, True):
         raise UnusableRow(f"{place}: is_error is {block['is_error']!r:.80}, neither true nor false")
     content = block.get("content")
-    return {"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": "" if content is None else content}
+    fields = {"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": "" if content is None else content}
+    return fields if block.get("name") is None else fields | {"name": block["name"]}

@@ -4,11 +4,13 @@ Owns: what the fields of a turn mean, and the order that turns come in. A value 
 Does not know: the formats of rows, templates, tokens.
 """
 
+import contextlib
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
-from draftsmith.data.chats.blocks import spread
-from draftsmith.data.chats.tool_calls import call_of_text, parsed_list, read_calls, says_nothing
+from draftsmith.data.chats.blocks import THOUGHT_TYPE, spread, thought_text
+from draftsmith.data.chats.tool_calls import TOOL_FIELDS, call_of_text, parsed_list, read_calls, read_tools, says_nothing
 from draftsmith.json_rows import UnusableRow
 
 ROLE_FIELDS, _CONTENT_FIELDS = ("role", "from"), ("content", "value")
@@ -17,7 +19,11 @@ _ROLES = {
     "developer": "system",
     "user": "user",
     "human": "user",
+    "prompter": "user",
     "assistant": "assistant",
+    "ai": "assistant",
+    "bot": "assistant",
+    "chatbot": "assistant",
     "gpt": "assistant",
     "chatgpt": "assistant",
     "bing": "assistant",
@@ -26,7 +32,10 @@ _ROLES = {
     "tool": "tool",
     "function": "tool",
     "observation": "tool",
+    "environment": "tool",
     "tool_response": "tool",
+    "tool_result": "tool",
+    "function_response": "tool",
     "ipython": "tool",
     "function_call": "assistant",
     "tool_call": "assistant",
@@ -35,11 +44,14 @@ _ROLES = {
 _CALL_ROLES = ("function_call", "tool_call")
 _THOUGHT_FIELDS = ("reasoning_content", "thinking", "reasoning")
 # What changes the words of a turn in a way that nothing here renders.
-_UNREAD_FIELDS = ("audio", "images", "image", "videos")
+_UNREAD_FIELDS = ("audio", "audios", "images", "image", "video", "videos")
+# Thoughts of servers in a form that only repeats one of the fields above.
+_THOUGHT_COPIES = ("reasoning_details", "thinking_blocks")
 # Channels of Harmony (gpt-oss) that hold no final words; other software has channels of other meanings.
 _HIDDEN_CHANNELS = ("analysis", "commentary")
 _TEXT_TYPES = ("text", "input_text", "output_text")
 _MEDIA_TYPES = ("image", "image_url", "audio", "audio_url", "input_audio", "video", "video_url")
+_INPUT_IMAGE = "input_image"  # of OpenAI's Responses API
 # Who may speak next; messages name the first one.
 _NEXT = {None: ("user",), "user": ("assistant",), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
 
@@ -56,6 +68,7 @@ class Message(TypedDict):
         tool_calls: an assistant's calls, as `read_calls` makes them; absent where there are none.
         tool_call_id: the call that a tool's turn answers, where the row says so.
         name: the tool's, where the row says so.
+        tools: definitions that a system's turn has, until the conversation takes them.
     """
 
     role: str
@@ -66,6 +79,7 @@ class Message(TypedDict):
     tool_calls: NotRequired[list[dict[str, Any]]]
     tool_call_id: NotRequired[str]
     name: NotRequired[str]
+    tools: NotRequired[tuple[dict[str, Any], ...]]
 
 
 def as_row(message: Message) -> dict[str, Any]:
@@ -124,7 +138,9 @@ def read_turns(value: Any) -> list[Message]:
         raise UnusableRow("the list of turns is empty or not a list")
     turns: list[Message] = []
     for number, turn in enumerate(value):
-        for part in spread(turn, f"turn {number}"):
+        is_system = isinstance(turn, Mapping) and any(_role(turn.get(name)) == "system" for name in ROLE_FIELDS)
+        # The words of a system may show what a thought looks like, at any place.
+        for part in [turn] if is_system else spread(turn, f"turn {number}"):
             message = _turn(part, number)
             if turns and _continues(part, message, turns[-1]):
                 turns[-1]["tool_calls"] = [*turns[-1].get("tool_calls", ()), *message["tool_calls"]]
@@ -135,7 +151,7 @@ def read_turns(value: Any) -> list[Message]:
 
 def _continues(turn: Mapping[str, Any], message: Message, before: Message) -> bool:
     """Whether a turn that is a call belongs to the reply before it: such rows write parallel calls, and a call behind words, as turns."""
-    is_call = any(turn.get(name) in _CALL_ROLES for name in ROLE_FIELDS)
+    is_call = any(_word(turn.get(name)) in _CALL_ROLES for name in ROLE_FIELDS)
     same = before["role"] == "assistant" and message.get("train", True) == before.get("train", True)
     return is_call and same and "reasoning_content" not in message
 
@@ -156,8 +172,23 @@ def listed(value: Any, place: str) -> Any:
     return parsed_list(value, place) if isinstance(value, str) and value.lstrip().startswith("[") else value
 
 
+def objects(value: Any) -> list[Mapping[str, Any]]:
+    """The objects of a list, which may be JSON text.
+
+    Args:
+        value: of a row.
+
+    Returns:
+        The objects; none where the value is anything else, or a list with another entry.
+    """
+    with contextlib.suppress(UnusableRow):  # then it is words
+        value = listed(value, "the list")
+    given = list(value) if isinstance(value, list | tuple) else []
+    return given if all(isinstance(entry, Mapping) for entry in given) else []
+
+
 def check_order(turns: Sequence[Message]) -> None:
-    """Check the turns of a whole conversation: a system turn at most at its beginning, then user and assistant in turn.
+    """Check the turns of a whole conversation: user and assistant in turn, and the system's turns anywhere but before a tool's.
 
     Turns of a tool follow the assistant's, and the assistant speaks after them.
 
@@ -170,14 +201,18 @@ def check_order(turns: Sequence[Message]) -> None:
     before: Message | None = None
     for number, turn in enumerate(turns):
         role = turn["role"]
-        if not number and role == "system":
-            continue
         allowed = _NEXT[before["role"] if before else None]
         if before and "tool_calls" in before:
             allowed = ("tool",)
+        elif role == "system":
+            continue
         if role not in allowed:
             raise UnusableRow(f"turn {number} is the {role}'s where the {allowed[0]}'s belongs")
+        if role == "tool" and turns[number - 1]["role"] == "system":
+            raise UnusableRow(f"turn {number - 1} is the system's between turns of tools; put it before or behind them")
         before = turn
+    if before and before["role"] == "assistant" and turns[-1]["role"] == "system":
+        raise UnusableRow(f"turn {len(turns) - 1} is the system's, and no question or reply follows it")
 
 
 def is_given(turns: Sequence[Message], number: int) -> bool:
@@ -192,6 +227,27 @@ def is_given(turns: Sequence[Message], number: int) -> bool:
     """
     following = turns[number + 1 : number + 2]
     return turns[number]["role"] == "assistant" and bool(following) and following[0]["role"] == "tool"
+
+
+def check_askable(turns: Sequence[Message]) -> None:
+    """Check that what is asked says which turns come before which reply, though the replies are not there.
+
+    Example: of user, system, assistant, user remains user, system, user, in which the system would speak behind the first reply.
+
+    Args:
+        turns: of a conversation.
+
+    Raises:
+        UnusableRow: a system's turn comes between a question and a reply that is not the last one.
+    """
+    spoken = [number for number, turn in enumerate(turns) if turn["role"] != "system"]
+    for number, following in itertools.pairwise(spoken):
+        is_reply = turns[number]["role"] != "assistant" and turns[following]["role"] == "assistant"
+        if following > number + 1 and is_reply and following != spoken[-1]:
+            raise UnusableRow(
+                f"turn {number + 1} is the system's between a question and its reply, which a prompt of several replies cannot hold; put it "
+                "before the question"
+            )
 
 
 def read_content(value: Any, place: str) -> tuple[str, list[dict[str, Any]] | None]:
@@ -219,6 +275,11 @@ def read_content(value: Any, place: str) -> tuple[str, list[dict[str, Any]] | No
         if kind in _TEXT_TYPES:
             texts.append(_text(part, "text", place))
             part = {**part, "type": "text"}
+        elif kind == THOUGHT_TYPE:
+            part = {"type": THOUGHT_TYPE, THOUGHT_TYPE: thought_text(part, place)}
+        elif kind == _INPUT_IMAGE:
+            address = part.get("image_url") if part.get("image_url") is not None else part.get("file_id")
+            part = {"type": "image_url", "image_url": {"url": address}}
         elif kind == "refusal":
             raise UnusableRow(f"{place} is a refusal, which a server writes in place of the reply; remove the turn")
         elif kind not in _MEDIA_TYPES:
@@ -226,6 +287,15 @@ def read_content(value: Any, place: str) -> tuple[str, list[dict[str, Any]] | No
             raise UnusableRow(f"{place}: a part is of the type {kind!r:.80}; types are {known}")
         parts.append({name: entry for name, entry in part.items() if entry is not None})
     return "".join(texts), parts if len(texts) < len(parts) else None
+
+
+def _word(role: Any) -> str | None:
+    """A role in the one spelling that its names are listed in, such as `tool_response` for `Tool-Response`."""
+    return role.strip().lower().replace("-", "_").replace(" ", "_") if isinstance(role, str) else None
+
+
+def _role(value: Any) -> str | None:
+    return _ROLES.get(_word(value) or "")
 
 
 def _kind(value: object) -> str:
@@ -244,7 +314,7 @@ def _turn(turn: Any, number: int) -> Message:
     if not isinstance(turn, Mapping):
         raise UnusableRow(f"{place} is {_kind(turn)}, not an object")
     name = _only(turn, ROLE_FIELDS, place)
-    role = _ROLES.get(turn[name]) if isinstance(turn[name], str) else None
+    role = _role(turn[name])
     if role is None:
         raise UnusableRow(f"{place} has the role {turn[name]!r:.80}; roles are {', '.join(_ROLES)}")
     for field in _UNREAD_FIELDS:
@@ -255,7 +325,7 @@ def _turn(turn: Any, number: int) -> Message:
             f"{place} is in the channel {turn['channel']!r:.80}; put thoughts into reasoning_content, calls into tool_calls"
         )
     message = Message(role=role, content="")
-    if turn[name] in _CALL_ROLES:
+    if _word(turn[name]) in _CALL_ROLES:
         message["tool_calls"] = call_of_text(_text(turn, _only(turn, _CONTENT_FIELDS, place), place), place)
     else:
         _add_content(message, turn, place)
@@ -268,6 +338,10 @@ def _turn(turn: Any, number: int) -> Message:
         message["reasoning_content"] = thought
     if role == "tool":
         _add_call_names(message, turn, place)
+    if role == "system" and (tools := read_tools(turn)):
+        message["tools"] = tools
+    elif any(objects(turn.get(name)) for name in TOOL_FIELDS):
+        raise UnusableRow(f"{place} is the {role}'s and has tools; put them beside the turns")
     return message
 
 
@@ -278,7 +352,8 @@ def _add_content(message: Message, turn: Mapping[str, Any], place: str) -> None:
         if role != "assistant":
             raise UnusableRow(f"{place} is the {role}'s and has tool_calls; only assistant turns have them")
         message["tool_calls"] = calls
-    if calls and all(turn.get(name) is None for name in _CONTENT_FIELDS):
+    may_be_silent = calls or (role == "system" and any(not says_nothing(turn.get(field)) for field in TOOL_FIELDS))
+    if may_be_silent and all(turn.get(name) is None for name in _CONTENT_FIELDS):
         return
     message["content"], parts = read_content(turn[_only(turn, _CONTENT_FIELDS, place)], place)
     if parts is None:
@@ -337,10 +412,17 @@ def _is_measured(loss: Any) -> bool:
 
 def _thought(turn: Mapping[str, Any], place: str) -> str | None:
     """The thought under any of its names; one that is empty is none."""
-    there = [name for name in _THOUGHT_FIELDS if turn.get(name) not in (None, "")]
+    there = [name for name in _THOUGHT_FIELDS if not (says_nothing(turn.get(name)) or _is_blank(turn[name]))]
     if not there:
+        unread = next((name for name in _THOUGHT_COPIES if not says_nothing(turn.get(name))), None)
+        if unread is not None:
+            raise UnusableRow(f"{place} has {unread}, which are not read; put the thought into reasoning_content")
         return None
     thoughts = [_text(turn, name, place) for name in there]
     if len(set(thoughts)) > 1:
         raise UnusableRow(f"{place} has two different thoughts, {there[0]} and {there[1]}")
-    return thoughts[0] if thoughts[0].strip() else None
+    return thoughts[0]
+
+
+def _is_blank(value: Any) -> bool:
+    return isinstance(value, str) and not value.strip()

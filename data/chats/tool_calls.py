@@ -16,6 +16,7 @@ _NONE: tuple[object, ...] = (None, "", "null", "None", "[]", [], ())
 # OpenAI's name of a call's arguments, and those of Llama, LangChain and Bedrock, which count where it says nothing.
 _ARGUMENT_FIELDS = ("arguments", "parameters", "args", "input")
 _CALL_TYPES = (None, "function", "tool_call")
+_CALL_FIELDS = ("tool_calls", "function_call", "function_calls")
 # Where null is a value of a schema; elsewhere a table has filled it in.
 _NULLABLE = ("default", "const", "examples")
 
@@ -44,7 +45,7 @@ def read_tools(row: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
 
 
 def read_calls(turn: Mapping[str, Any], place: str) -> list[dict[str, Any]]:
-    """Read the tool calls of an assistant's turn: `tool_calls`, or OpenAI's earlier `function_call`.
+    """Read the tool calls of an assistant's turn: `tool_calls` or `function_calls`, or OpenAI's earlier `function_call`.
 
     Arguments that are JSON text become an object: templates write it as JSON again, and servers read rows alike.
 
@@ -58,13 +59,13 @@ def read_calls(turn: Mapping[str, Any], place: str) -> list[dict[str, Any]]:
     Raises:
         UnusableRow: both spellings, or a call that has no name, whose arguments are no object, or that has two different ones.
     """
-    there = [name for name in ("tool_calls", "function_call") if not says_nothing(turn.get(name))]
+    there = [name for name in _CALL_FIELDS if not says_nothing(turn.get(name))]
     if len(there) > 1:
         raise UnusableRow(f"{place} has {there[0]} and {there[1]}; one of them is enough")
     if not there:
         return []
     given = turn[there[0]]
-    calls = _list(given, f"{place}: tool_calls") if there == ["tool_calls"] else [given]
+    calls = [given] if there == ["function_call"] else _list(given, f"{place}: {there[0]}")
     return [_call(call, f"{place}: {there[0]}[{number}]") for number, call in enumerate(calls)]
 
 

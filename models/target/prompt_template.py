@@ -10,7 +10,7 @@ import copy
 import hashlib
 import inspect
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -51,6 +51,8 @@ class TemplateOptions:
                     f"template_args names {name!r}, which is no variable of a chat template; give names that your template reads, "
                     "such as enable_thinking"
                 )
+            if name == "tools":
+                _check_tools(value)
             try:
                 json.dumps(value, allow_nan=False)
             except (TypeError, ValueError) as error:
@@ -118,6 +120,8 @@ class PromptTemplate:
         self.text = _template_text(tokenizer, template, options.template_name)
         self.eos_ids = frozenset(eos_ids) or frozenset(end_tokens(tokenizer=tokenizer))
         self._args = dict(options.template_args or {})
+        if self._args.get("tools"):
+            self._args["tools"] = [_as_tool(tool) for tool in self._args["tools"]]
         self.fields = TemplateFields(self.text, self._rendered)
         self._check_args()
 
@@ -203,20 +207,32 @@ class PromptTemplate:
         row._args = self._args | given
         return row
 
-    def check_tool_turns(self, messages: Sequence[Mapping[str, Any]]) -> None:
-        """Check that the template shows what tools gave back.
+    def check_shown_roles(self, messages: Sequence[Mapping[str, Any]]) -> None:
+        """Check that the template shows what tools gave back, and what the system says behind the first turn.
 
         Args:
             messages: of a conversation.
 
         Raises:
-            TemplateRefusal: it writes the same whatever the tool said, or fails.
+            TemplateRefusal: it writes the same whatever the tool or the system said, or fails.
         """
-        if self.text is None or not any(message["role"] == "tool" and message["content"] for message in messages):
+        if self.text is None:
             return
-        others = [_with_probe(message) if message["role"] == "tool" else message for message in messages]
-        if self._render(messages, False) == self._render(others, False):
+        speaking = [number for number, message in enumerate(messages) if message["content"].strip()]
+        tools = [number for number in speaking if messages[number]["role"] == "tool"]
+        if tools and self._hides(messages, tools):
             raise TemplateRefusal("the chat template does not show the turns of a tool; give another with --template")
+        for number in speaking:
+            if number and messages[number]["role"] == "system" and self._hides(messages, [number]):
+                raise TemplateRefusal(
+                    f"turn {number} is the system's, and the chat template does not show it there; put its words into turn 0, or give another "
+                    "with --template"
+                )
+
+    def _hides(self, messages: Sequence[Mapping[str, Any]], numbers: Collection[int]) -> bool:
+        """Whether the template writes the same with other words in some turns."""
+        others = [_with_probe(message) if number in numbers else message for number, message in enumerate(messages)]
+        return self._render(messages, False) == self._render(others, False)
 
     def _render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
         """Render messages as text.
@@ -271,6 +287,32 @@ class PromptTemplate:
         )
         whole = first == len(ids) or offsets[first][0] >= place
         return ids[first:] if whole else self._encode(rendered[place:])
+
+
+def _check_tools(tools: Any) -> None:
+    """Check the tools among the variables of a command.
+
+    Raises:
+        ValueError: they are no list of functions.
+    """
+    if tools is None:
+        return
+    for number, tool in enumerate(tools if isinstance(tools, list | tuple) else [None]):
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if not isinstance(name, str) or not name.strip():
+            place, value = (f"[{number}]", tool) if isinstance(tools, list | tuple) else ("", tools)
+            raise ValueError(
+                f"template_args.tools{place} is {value!r:.80}, which is no {'function' if place else 'list'}; give a list of functions, "
+                'such as [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]'
+            )
+
+
+def _as_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool as rows give theirs to the template; a bare function gets its type."""
+    if "function" in tool:
+        return dict(tool)
+    return {"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}
 
 
 def _with_probe(message: Mapping[str, Any]) -> dict[str, Any]:

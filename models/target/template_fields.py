@@ -19,6 +19,8 @@ import jinja2
 _SHOWN_FIELDS = ("role", "content", "tool_calls", "tool_call_id", "name")
 # What templates call a thought; each gets it by the name that it reads.
 _THOUGHT_NAMES = ("reasoning_content", "thinking", "reasoning")
+# A thought as a part of the content, as Magistral's templates take it.
+_THOUGHT_TYPE = "thinking"
 # What clients and templates call a part of one kind: servers of OpenAI's interface take the second name, templates mostly read the first.
 _PART_NAMES = (("image", "image_url"), ("audio", "audio_url", "input_audio"), ("video", "video_url"))
 PROBE = "draftsmithprobe"
@@ -43,6 +45,7 @@ class TemplateFields:
         self._text = text or ""
         self._render = render
         self._parts_shown: dict[str, bool] = {}
+        self._thought_forms: dict[str, _ThoughtForm | None] = {}
         self.reader = "plain text" if text is None else "the chat template"
 
     @functools.cached_property
@@ -71,7 +74,8 @@ class TemplateFields:
             messages: with further fields of ours.
 
         Returns:
-            The messages as the template gets them: parts as content, parts and a thought by the names that the template reads.
+            The messages as the template gets them: parts as content, parts and a thought by the names that the template reads. A thought is
+            a part of the content where the template shows it there alone.
 
         Raises:
             TemplateRefusal: a message holds what the template does not show.
@@ -81,11 +85,11 @@ class TemplateFields:
             self._check(message, number)
             fields = {name: message[name] for name in _SHOWN_FIELDS if name in message}
             if "parts" in message:
-                fields["content"] = [self._shown_part(part) for part in message["parts"]]
+                fields["content"] = [self._shown_part(part, message["role"]) for part in message["parts"]]
             if "tool_calls" in message:
                 fields["tool_calls"] = self._shown_calls(message["tool_calls"])
             if "reasoning_content" in message:
-                fields |= dict.fromkeys(self.thought_names, message["reasoning_content"])
+                fields |= self._shown_thought(message)
             shown.append(fields)
         return shown
 
@@ -95,7 +99,12 @@ class TemplateFields:
         if "tool_calls" in message and not self._reads_field("tool_calls"):
             raise TemplateRefusal(f"turn {number} has tool_calls, and {self.reader} does not read them")
         for part in message.get("parts", ()):
-            if part["type"] != "text" and self._part_name(part["type"]) is None:
+            if part["type"] == _THOUGHT_TYPE:
+                if self._thought_form(message["role"]) is None:
+                    raise TemplateRefusal(
+                        f"turn {number} is the {message['role']}'s and has a part of the type {_THOUGHT_TYPE!r}, and {self.reader} does not show it"
+                    )
+            elif part["type"] != "text" and self._part_name(part["type"]) is None:
                 raise TemplateRefusal(
                     f"turn {number} has a part of the type {part['type']!r}, and {self.reader} does not show it: this target reads text "
                     "alone; name a multimodal target, or remove the part"
@@ -126,9 +135,47 @@ class TemplateFields:
                 return as_text
         return False
 
-    def _shown_part(self, part: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _shown_thought(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of a turn with a thought: the thought's own, or the content with the thought as a part of it."""
+        thought, words = message["reasoning_content"], message["content"]
+        form = None if self._shows_thought_field else self._thought_form(message["role"])
+        if form is None:
+            return dict.fromkeys(self.thought_names, thought)
+        texts = [{"type": "text", "text": words}] if words else []
+        return {"content": [{"type": _THOUGHT_TYPE, _THOUGHT_TYPE: form(thought)}, *texts]}
+
+    @functools.cached_property
+    def _shows_thought_field(self) -> bool:
+        """Whether the template shows a thought that lies in a field of its own."""
+        reply = {"role": "assistant", "content": "-", **dict.fromkeys(self.thought_names, PROBE)}
+        return self._shows_probe([{"role": "user", "content": "-"}, reply])
+
+    def _thought_form(self, role: str) -> _ThoughtForm | None:
+        """How the template takes a thought that is a part of a turn's content: as a text, or as a list of texts; None for neither."""
+        if role not in self._thought_forms:
+            forms = _THOUGHT_FORMS if self._reads_field(_THOUGHT_TYPE) else ()
+            self._thought_forms[role] = next((form for form in forms if self._shows_thought_part(role, form)), None)
+        return self._thought_forms[role]
+
+    def _shows_thought_part(self, role: str, form: _ThoughtForm) -> bool:
+        content = [{"type": _THOUGHT_TYPE, _THOUGHT_TYPE: form(PROBE)}, {"type": "text", "text": "-"}]
+        turn, asked = {"role": role, "content": content}, {"role": "user", "content": "-"}
+        return self._shows_probe([turn, asked] if role == "system" else [asked, turn])
+
+    def _shows_probe(self, messages: list[dict[str, Any]]) -> bool:
+        """Whether the template shows a word of these messages, and not the list around it."""
+        try:
+            written = self._render(messages)
+        except TemplateRefusal:
+            return False
+        return PROBE in written and not _shows_list(written)
+
+    def _shown_part(self, part: Mapping[str, Any], role: str) -> Mapping[str, Any]:
         """A part by the name that the template reads."""
         kind = part["type"]
+        form = self._thought_form(role) if kind == _THOUGHT_TYPE else None
+        if form is not None:
+            return {"type": kind, kind: form(part[kind])}
         name = kind if kind == "text" else self._part_name(kind)
         if name is None or name == kind:
             return part
@@ -149,10 +196,26 @@ class TemplateFields:
                 alone, beside = (self._render([{"role": "user", "content": content}]) for content in contents)
             except TemplateRefusal:
                 alone = beside = ""
-            # A template for text alone writes the list as Python shows it.
-            as_list = any("'type'" in written or '"type"' in written for written in (alone, beside))
+            as_list = _shows_list(alone) or _shows_list(beside)
             self._parts_shown[kind] = alone != beside and PROBE in beside and not as_list
         return self._parts_shown[kind]
+
+
+def _shows_list(written: str) -> bool:
+    """Whether a template for text alone has written a list as Python or JSON shows it."""
+    return "'type'" in written or '"type"' in written
+
+
+def _as_text(thought: str) -> str:
+    return thought
+
+
+def _as_texts(thought: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": thought}]
+
+
+_ThoughtForm = Callable[[str], str | list[dict[str, str]]]
+_THOUGHT_FORMS: tuple[_ThoughtForm, ...] = (_as_text, _as_texts)
 
 
 def refusal(messages: Sequence[Mapping[str, Any]], error: Exception) -> TemplateRefusal:

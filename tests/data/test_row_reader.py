@@ -57,7 +57,7 @@ def with_reply(**fields: object) -> dict[str, Any]:
         (with_reply(reasoning_content="3 + 4 is 7"), "turn 1 has a thought, and the chat template"),
         (with_reply(content="I write <|end|> and then nothing more."), "turn 1 has the end token '<|end|>'"),
         ({"messages": [USER, REPLY, {"role": "critic", "content": "sun"}]}, "turn 2 has the role 'critic'"),
-        ({"messages": [{"role": "User", "content": "x"}, REPLY]}, "turn 0 has the role 'User'"),
+        ({"messages": [{"role": "Users", "content": "x"}, REPLY]}, "turn 0 has the role 'Users'"),
         ({"messages": [{"role": ["user"], "content": "x"}, REPLY]}, r"turn 0 has the role \['user'\]"),
         ({"messages": [USER, REPLY, REPLY]}, "turn 2 is the assistant's where the user's belongs"),
         ({"messages": [REPLY, USER, REPLY]}, "turn 0 is the assistant's where the user's belongs"),

@@ -6,21 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tool_chats import ASKED, CALL, TOOL_TEMPLATE, WEATHER, tool_tokenizer
+from chat_rows import NO, RESULT, outcomes, reason, text
+from tool_chats import ASKED, CALL, TOOL_TEMPLATE, WEATHER
 
-from draftsmith.data.cache.show import render
 from draftsmith.data.chats.trained import EVERYTHING, TrainedOn
-from draftsmith.data.corpus import Corpus
 from draftsmith.data.formats import detect_format, to_conversation
-from draftsmith.data.tokens import ChatTemplate, TokenizedSample
-from draftsmith.json_rows import Dropped
+from draftsmith.data.tokens import TokenizedSample
 
 WriteRows = Callable[..., Path]
-NO = {"role": "assistant", "content": "No."}
 BRIEF = {"role": "system", "content": "Be brief."}
 ASKED_TEXT, NO_TEXT = "<|user|>Is it warm?", "<|assistant|>«No.<|end|>»"
 CALLS = {"role": "assistant", "content": None, "tool_calls": [CALL]}
-RESULT = {"role": "tool", "content": "9 C"}
 # What a table of turns fills in where a turn has no call and no sound.
 FILLED = {"function_call": {"name": None, "arguments": None}, "audio": {"id": None}}
 # As DeepSeek-R1 and Qwen3 write replies: the first removes thoughts everywhere, the second behind a later question.
@@ -29,26 +25,6 @@ CUTS_THOUGHTS = TOOL_TEMPLATE.replace("{{ m.content }}", "{{ m.content.split('</
 )
 WANTS_TEXT = TOOL_TEMPLATE.replace("call.function.arguments | tojson", "'' + call.function.arguments")
 HIDES_WORDS = TOOL_TEMPLATE.replace("{{ m.content }}{% for call", "{{ '' if m.tool_calls else m.content }}{% for call")
-
-
-def outcomes(
-    row: dict[str, Any], write_jsonl: WriteRows, trained_on: TrainedOn = EVERYTHING, template: str = TOOL_TEMPLATE
-) -> list[TokenizedSample | Dropped]:
-    tokenizer = tool_tokenizer(template)
-    corpus = Corpus(write_jsonl([row]), lambda: ChatTemplate(tokenizer), None, 1000, trained_on=trained_on)
-    return list(corpus.read())
-
-
-def text(row: dict[str, Any], write_jsonl: WriteRows, *options: Any) -> str:
-    [sample] = outcomes(row, write_jsonl, *options)
-    assert isinstance(sample, TokenizedSample), sample
-    return render(sample, tool_tokenizer(), marks=True).plain.split("\n", 1)[1].rstrip("\n")
-
-
-def reason(row: dict[str, Any], write_jsonl: WriteRows, *options: Any) -> str:
-    [dropped] = outcomes(row, write_jsonl, *options)
-    assert isinstance(dropped, Dropped), dropped
-    return dropped.reason
 
 
 @pytest.mark.parametrize(
