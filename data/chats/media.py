@@ -45,8 +45,8 @@ def place_media(row: Mapping[str, Any], turns: Sequence[Message]) -> tuple[Messa
         marks = sum(turn["content"].count(f"<{kind}>") for turn in turns if turn["role"] != "assistant")
         if marks != len(given[kind]):
             raise UnusableRow(
-                f"the row has {name}, and no turn has a part for them; there are {len(given[kind])} of them, and the mark <{kind}> is in the "
-                f"user's turns {marks} times"
+                f"the row has {name}, and no turn has a part for them; there are {len(given[kind])} of them, and the mark <{kind}> is in "
+                f"the user's turns {marks} times"
             )
     left = {kind: iter(entries) for kind, entries in given.items()}
     mark = re.compile(rf"<({'|'.join(given)})>")

@@ -46,7 +46,7 @@ _THOUGHT_FIELDS = ("reasoning_content", "thinking", "reasoning")
 # What changes the words of a turn in a way that nothing here renders.
 _UNREAD_FIELDS = ("audio", "audios", "images", "image", "video", "videos")
 # Thoughts of servers in a form that only repeats one of the fields above.
-_THOUGHT_COPIES = ("reasoning_details", "thinking_blocks")
+_THOUGHT_COPIES, _COPY_TEXTS = ("reasoning_details", "thinking_blocks"), ("text", "summary", "thinking")
 # Channels of Harmony (gpt-oss) that hold no final words; other software has channels of other meanings.
 _HIDDEN_CHANNELS = ("analysis", "commentary")
 _TEXT_TYPES = ("text", "input_text", "output_text")
@@ -245,8 +245,8 @@ def check_askable(turns: Sequence[Message]) -> None:
         is_reply = turns[number]["role"] != "assistant" and turns[following]["role"] == "assistant"
         if following > number + 1 and is_reply and following != spoken[-1]:
             raise UnusableRow(
-                f"turn {number + 1} is the system's between a question and its reply, which a prompt of several replies cannot hold; put it "
-                "before the question"
+                f"turn {number + 1} is the system's between a question and its reply, which a prompt of several replies cannot hold; "
+                "put it before the question"
             )
 
 
@@ -414,9 +414,10 @@ def _thought(turn: Mapping[str, Any], place: str) -> str | None:
     """The thought under any of its names; one that is empty is none."""
     there = [name for name in _THOUGHT_FIELDS if not (says_nothing(turn.get(name)) or _is_blank(turn[name]))]
     if not there:
-        unread = next((name for name in _THOUGHT_COPIES if not says_nothing(turn.get(name))), None)
-        if unread is not None:
-            raise UnusableRow(f"{place} has {unread}, which are not read; put the thought into reasoning_content")
+        for name in _THOUGHT_COPIES:
+            # What a server has encrypted nobody can read.
+            if any(not says_nothing(entry.get(text)) for entry in objects(turn.get(name)) for text in _COPY_TEXTS):
+                raise UnusableRow(f"{place} has {name}, which are not read; put the thought into reasoning_content")
         return None
     thoughts = [_text(turn, name, place) for name in there]
     if len(set(thoughts)) > 1:

@@ -225,8 +225,8 @@ class PromptTemplate:
         for number in speaking:
             if number and messages[number]["role"] == "system" and self._hides(messages, [number]):
                 raise TemplateRefusal(
-                    f"turn {number} is the system's, and the chat template does not show it there; put its words into turn 0, or give another "
-                    "with --template"
+                    f"turn {number} is the system's, and the chat template does not show it there; put its words into turn 0, or give "
+                    "another with --template"
                 )
 
     def _hides(self, messages: Sequence[Mapping[str, Any]], numbers: Collection[int]) -> bool:

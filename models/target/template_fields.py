@@ -102,7 +102,8 @@ class TemplateFields:
             if part["type"] == _THOUGHT_TYPE:
                 if self._thought_form(message["role"]) is None:
                     raise TemplateRefusal(
-                        f"turn {number} is the {message['role']}'s and has a part of the type {_THOUGHT_TYPE!r}, and {self.reader} does not show it"
+                        f"turn {number} is the {message['role']}'s and has a part of the type {_THOUGHT_TYPE!r}, and {self.reader} does "
+                        "not show it"
                     )
             elif part["type"] != "text" and self._part_name(part["type"]) is None:
                 raise TemplateRefusal(

@@ -153,6 +153,11 @@ def test_thoughts_calls_and_results_of_every_api_are_learned_and_read(
     )
 
 
+def test_a_thought_that_a_server_has_encrypted_is_none(write_jsonl: WriteRows) -> None:
+    hidden = [{"type": "reasoning.encrypted", "data": "x"}]
+    assert text({"messages": [ASKED, NO | {"reasoning": None, "reasoning_details": hidden}]}, write_jsonl) == WHOLE
+
+
 def test_parallel_calls_of_items_are_one_reply_with_their_ids(write_jsonl: WriteRows) -> None:
     second = CALL_ITEM | {"call_id": "c2", "arguments": '{"city": "Rome"}'}
     row = {"input": [USER_ITEM, CALL_ITEM, second, RESULT_ITEM, RESULT_ITEM | {"call_id": "c2"}, REPLY_ITEM]}
