@@ -117,7 +117,9 @@ def _block(part: Any, place: str) -> dict[str, Any]:
     if len(kinds) + isinstance(text, str) != 1 or has_code:
         raise UnusableRow(f"{place}: a part holds one of text, {', '.join(_PARTS)}; another one is {part!r:.80}")
     if isinstance(text, str):
-        return {"type": "thinking", "thinking": text} if fields.get("thought") is True else {"type": "text", "text": text}
+        return (
+            {"type": "thinking", "thinking": text} if fields.get("thought") is True else {"type": "text", "text": text}
+        )
     value = _field(fields, kinds[0])
     if not isinstance(value, Mapping):
         raise UnusableRow(f"{place}: {kinds[0]} is {type(value).__name__}, not an object")
@@ -144,7 +146,9 @@ def _media(value: Mapping[str, Any], place: str) -> dict[str, Any]:
     if address is None and isinstance(value.get("data"), str):
         address = f"data:{_field(value, 'mimeType')};base64,{value['data']}"
     if kind not in _MEDIA or not isinstance(address, str):
-        raise UnusableRow(f"{place}: a part of the mimeType {_field(value, 'mimeType')!r:.80}; types are {', '.join(_MEDIA)}")
+        raise UnusableRow(
+            f"{place}: a part of the mimeType {_field(value, 'mimeType')!r:.80}; types are {', '.join(_MEDIA)}"
+        )
     return {"type": kind, kind: address}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from draftsmith.data.chats.gemini import GEMINI_FIELDS, flat_gemini, has_candidates, is_gemini
-from draftsmith.data.chats.messages import listed
+from draftsmith.data.chats.messages import listed, objects
 from draftsmith.data.chats.responses_api import RESPONSES_FIELDS, flat_responses, has_items, is_responses
 from draftsmith.data.chats.tool_calls import TOOL_FIELDS, says_nothing
 from draftsmith.json_rows import UnusableRow, parse_object
@@ -15,6 +15,7 @@ from draftsmith.json_rows import UnusableRow, parse_object
 _REQUEST_FIELDS, _RESPONSE_FIELDS, _BODY = ("request", "body"), ("response", "completion"), "body"
 # Of the request, what belongs to the row.
 _KEPT = ("messages", "system", "chat_template_kwargs", *TOOL_FIELDS)
+
 
 class _Dialect(NamedTuple):
     """An API whose requests hold no `messages`: what tells its rows and answers, what makes them a conversation, and its fields."""
@@ -49,7 +50,7 @@ def is_log(row: Mapping[str, Any]) -> bool:
     """
     if _are_choices(row.get("choices")) or any(_is_request(request) for request in _requests(row)):
         return True
-    has_turns = any(row.get(name) is not None for name in ("messages", "input", "contents"))
+    has_turns = row.get("messages") is not None or any(objects(row.get(name)) for name in ("input", "contents"))
     responses = [name for name in _RESPONSE_FIELDS if has_turns or not isinstance(row.get(name), str)]
     return any(_is_response(_inner(_object(row, name) or {})) for name in responses)
 

@@ -10,7 +10,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
 from draftsmith.data.chats.blocks import THOUGHT_TYPE, spread, thought_text
-from draftsmith.data.chats.tool_calls import TOOL_FIELDS, call_of_text, parsed_list, read_calls, read_tools, says_nothing
+from draftsmith.data.chats.tool_calls import (
+    TOOL_FIELDS,
+    call_of_text,
+    parsed_list,
+    read_calls,
+    read_tools,
+    says_nothing,
+)
 from draftsmith.json_rows import UnusableRow
 
 ROLE_FIELDS, _CONTENT_FIELDS = ("role", "from"), ("content", "value")

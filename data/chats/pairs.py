@@ -10,7 +10,13 @@ from draftsmith.data.chats.messages import ROLE_FIELDS, objects
 from draftsmith.data.chats.tool_calls import says_nothing
 
 # XTuner's names, Firefly's and BELLE's, and others that data sets use.
-_PAIRS = (("input", "output"), ("human", "assistant"), ("user", "assistant"), ("question", "answer"), ("prompt", "response"))
+_PAIRS = (
+    ("input", "output"),
+    ("human", "assistant"),
+    ("user", "assistant"),
+    ("question", "answer"),
+    ("prompt", "response"),
+)
 _IS_TRAINED = "output_with_loss"  # of XTuner
 
 
@@ -42,4 +48,6 @@ def turns_of_pairs(conversation: Any) -> Any:
 
 def _is_pair(entry: Mapping[str, Any], names: tuple[str, str]) -> bool:
     """Whether an entry has the fields of a pair, and no role; of the last one, the answer may be absent."""
-    return entry.get(names[0]) is not None and names[1] in entry and all(entry.get(name) is None for name in ROLE_FIELDS)
+    return (
+        entry.get(names[0]) is not None and names[1] in entry and all(entry.get(name) is None for name in ROLE_FIELDS)
+    )

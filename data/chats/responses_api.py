@@ -73,7 +73,10 @@ def flat_responses(row: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
 
 def _are_items(value: Any) -> bool:
     items = objects(value)
-    return bool(items) and all(item.get("role") is not None or item.get("type") in _TYPES for item in items)
+    is_known = [item.get("role") is not None or item.get("type") in _TYPES for item in items]
+    return any(is_known) and all(
+        known or isinstance(item.get("type"), str) for known, item in zip(is_known, items, strict=True)
+    )
 
 
 def _items(value: Any, role: str, name: str) -> Sequence[Any]:
@@ -121,7 +124,9 @@ def _kind(item: Any, number: int) -> str:
 def _blocks(item: Mapping[str, Any], kind: str, place: str) -> list[Any] | None:
     """What an item adds to the assistant's reply; None where it is no part of one."""
     if kind == _CALL:
-        return [{"type": "tool_use", "id": item.get("call_id"), "name": item.get("name"), "input": item.get("arguments")}]
+        return [
+            {"type": "tool_use", "id": item.get("call_id"), "name": item.get("name"), "input": item.get("arguments")}
+        ]
     if kind == _THOUGHT:
         thought = _texts(item.get("content"), place, "") or _texts(item.get("summary"), place, "\n\n")
         return [{"type": "thinking", "thinking": thought}] if thought else []

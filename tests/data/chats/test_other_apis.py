@@ -71,7 +71,10 @@ def snake(value: Any) -> Any:
         {"input": json.dumps([USER_ITEM]), "output": json.dumps([REPLY_ITEM])},
         {"input": [{"role": "user", "content": "Is it warm?"}], "output": "No.", "reasoning": "off"},
         {"input": [USER_ITEM], "output": [{"type": "reasoning", "summary": [], "encrypted_content": "x"}, REPLY_ITEM]},
-        {"request": {"model": "m", "input": "Is it warm?"}, "response": {"status": "completed", "output": [REPLY_ITEM]}},
+        {
+            "request": {"model": "m", "input": "Is it warm?"},
+            "response": {"status": "completed", "output": [REPLY_ITEM]},
+        },
         {"body": {"input": [USER_ITEM]}, "response": {"status_code": 200, "body": {"output": [REPLY_ITEM]}}},
         {"request": {"input": [USER_ITEM]}, "response": "No."},
         {"request": {"input": [USER_ITEM]}, "response": {"choices": [{"message": NO}]}},
@@ -118,7 +121,10 @@ def test_the_systems_words_come_first_wherever_an_api_puts_them(row: dict[str, A
     [
         ({"tools": [FLAT_TOOL], "input": [USER_ITEM, *ITEMS]}, "9 C"),
         ({"tools": [FLAT_TOOL], "input": [USER_ITEM, *ITEMS[:3]], "output": ITEMS[3:]}, "9 C"),
-        ({"request": {"tools": [FLAT_TOOL], "input": [USER_ITEM, *ITEMS[:3]]}, "response": {"output": ITEMS[3:]}}, "9 C"),
+        (
+            {"request": {"tools": [FLAT_TOOL], "input": [USER_ITEM, *ITEMS[:3]]}, "response": {"output": ITEMS[3:]}},
+            "9 C",
+        ),
         ({"tools": GEMINI_TOOLS, "contents": GEMINI_TURNS}, '{"result": "9 C"}'),
         (snake({"tools": GEMINI_TOOLS, "contents": GEMINI_TURNS}), '{"result": "9 C"}'),
         ({"tools": [WEATHER], "contents": GEMINI_TURNS}, '{"result": "9 C"}'),
@@ -178,7 +184,10 @@ def test_the_name_of_a_gemini_function_reaches_its_result() -> None:
         {"input": [USER_ITEM | {"content": [*USER_ITEM["content"], {"type": "input_image", "image_url": "a.png"}]}]},
         {
             "contents": [
-                {"role": "user", "parts": [{"text": "Is it warm?"}, {"inlineData": {"mimeType": "image/png", "data": "x"}}]}
+                {
+                    "role": "user",
+                    "parts": [{"text": "Is it warm?"}, {"inlineData": {"mimeType": "image/png", "data": "x"}}],
+                }
             ]
         },
         {
@@ -211,7 +220,10 @@ def test_a_picture_is_shown_by_a_template_that_shows_pictures_and_refused_by_one
         ({"input": [USER_ITEM, REPLY_ITEM, CALL_ITEM, THOUGHT_ITEMS[0]]}, "another order than a thought, words, calls"),
         ({"input": [USER_ITEM, THOUGHT_ITEMS[0]]}, "a thought without words or a call behind it"),
         (
-            {"input": [USER_ITEM], "output": [REPLY_ITEM | {"content": [{"type": "refusal", "refusal": "I may not."}]}]},
+            {
+                "input": [USER_ITEM],
+                "output": [REPLY_ITEM | {"content": [{"type": "refusal", "refusal": "I may not."}]}],
+            },
             "turn 1 is a refusal",
         ),
         (
@@ -235,15 +247,26 @@ def test_a_picture_is_shown_by_a_template_that_shows_pictures_and_refused_by_one
         ({"contents": [USER_CONTENT], "candidates": [{"content": MODEL_CONTENT}] * 2}, "has 2 candidates"),
         ({"contents": [USER_CONTENT, {"role": "model", "parts": [{"executableCode": {"code": "1"}}]}]}, "a part holds"),
         ({"contents": [USER_CONTENT, MODEL_CONTENT], "tools": [{"googleSearch": {}}]}, "no functionDeclarations"),
-        ({"contents": [{"parts": [{"inlineData": {"mimeType": "text/csv", "data": "x"}}]}]}, "of the mimeType 'text/csv'"),
-        ({"conversations": [{"from": "human", "value": "Is it warm?"}, {"from": "gpt", "value": "No."}], "image": "a"},
-         "the row has image, and no turn has a part for them; there are 1 of them, and the mark <image> is"),
+        (
+            {"contents": [{"parts": [{"inlineData": {"mimeType": "text/csv", "data": "x"}}]}]},
+            "of the mimeType 'text/csv'",
+        ),
+        (
+            {
+                "conversations": [{"from": "human", "value": "Is it warm?"}, {"from": "gpt", "value": "No."}],
+                "image": "a",
+            },
+            "the row has image, and no turn has a part for them; there are 1 of them, and the mark <image> is",
+        ),
         ({"prompt": "Is it warm?", "completion": "Yes.", "label": False}, "people did not want .label false"),
         ({"messages": [ASKED, NO], "kto_tag": False}, "people did not want .kto_tag false"),
         ({"messages": [ASKED, {"role": "assistant", "content": "", "reasoning_content": "9 is"}]}, "a thought without"),
         ({"messages": [ASKED | {"tools": [WEATHER]}, NO]}, "turn 0 is the user's and has tools"),
         (
-            {"tools": [{"name": "other"}], "messages": [{"role": "system", "content": "", "tools": [WEATHER]}, ASKED, NO]},
+            {
+                "tools": [{"name": "other"}],
+                "messages": [{"role": "system", "content": "", "tools": [WEATHER]}, ASKED, NO],
+            },
             "the row has tools, and others in the system's turn",
         ),
         (
@@ -302,6 +325,9 @@ def test_the_page_on_chats_shows_one_chat_in_three_forms() -> None:
         assert chat.tools == chats[0].tools
         assert [turn["role"] for turn in chat.turns] == ["user", "assistant", "tool", "assistant"]
         asked, call, result, last = chat.turns
-        assert (call["reasoning_content"], call["tool_calls"][0]["function"]["arguments"]) == ("I ask.", {"city": "Oslo"})
+        assert (call["reasoning_content"], call["tool_calls"][0]["function"]["arguments"]) == (
+            "I ask.",
+            {"city": "Oslo"},
+        )
         assert "9 C" in result["content"]
         assert (asked["content"], last["content"]) == ("Is it warm in Oslo?", "No, 9 C.")

@@ -118,7 +118,9 @@ def test_of_a_prompt_every_system_turn_comes_before_the_reply_that_it_came_befor
 def test_a_prompts_own_row_gives_its_answers_behind_the_systems_turns(write_jsonl: WriteRows) -> None:
     row = {"messages": [ASKED, BRIEF, ASKED, BRIEF], "reference": ["No.", "No."]}
     asked = "<|user|>Is it warm?"
-    assert text(row, write_jsonl) == BEGIN + "<|system|>Be brief." + asked + "<|system|>Be brief.<|assistant|>«No.<|end|>»"
+    assert (
+        text(row, write_jsonl) == BEGIN + "<|system|>Be brief." + asked + "<|system|>Be brief.<|assistant|>«No.<|end|>»"
+    )
 
 
 @pytest.mark.parametrize("shown", [PART, PART_OF_TEXTS], ids=["a text", "texts"])
@@ -126,7 +128,10 @@ def test_a_thought_is_given_as_a_part_to_a_template_that_shows_it_there_alone(
     shown: str, write_jsonl: WriteRows
 ) -> None:
     template, whole = with_thought_parts(shown), "<|user|>Is it warm?<|assistant|>«<think>9 is cold.</think>No.<|end|>»"
-    parts = [{"type": "thinking", "thinking": [{"type": "text", "text": "9 is cold."}]}, {"type": "text", "text": "No."}]
+    parts = [
+        {"type": "thinking", "thinking": [{"type": "text", "text": "9 is cold."}]},
+        {"type": "text", "text": "No."},
+    ]
     for reply in (NO | {"reasoning_content": "9 is cold."}, {"role": "assistant", "content": parts}):
         assert text({"messages": [ASKED, reply]}, write_jsonl, EVERYTHING, template) == whole
     calls = {"role": "assistant", "content": parts[:1], "tool_calls": [CALL]}
