@@ -73,7 +73,7 @@ def flat_gemini(row: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
     flat = {name: value for name, value in row.items() if name not in GEMINI_FIELDS}
     config = row.get("config")
     given = {**(config if isinstance(config, Mapping) else {}), **{n: v for n, v in row.items() if v is not None}}
-    contents, flaw = list(objects(row["contents"])), None
+    contents, flaw = list(objects(row.get("contents"))), None
     if not says_nothing(row.get("candidates")):
         candidates = objects(row["candidates"])
         if len(candidates) != 1:
@@ -155,16 +155,25 @@ def _media(value: Mapping[str, Any], place: str) -> dict[str, Any]:
 def _tools(value: Any) -> list[Any]:
     """The functions of all tools, as one list; those in OpenAI's form stay as they are."""
     functions: list[Any] = []
-    given = [] if says_nothing(value) else listed(value, "tools")
-    for number, entry in enumerate([given] if isinstance(given, Mapping) else given):
+    for number, entry in enumerate(_entries(value, "tools")):
         declarations = _field(entry, "functionDeclarations") if isinstance(entry, Mapping) else None
         if says_nothing(declarations):
             if not isinstance(entry, Mapping) or not (entry.get("function") or entry.get("name")):
                 raise UnusableRow(f"tools[{number}] has no functionDeclarations; only functions are read")
             functions.append(entry)
             continue
-        functions += [_function(each) for each in listed(declarations, f"tools[{number}]")]
+        functions += [_function(each) for each in _entries(declarations, f"tools[{number}].functionDeclarations")]
     return functions
+
+
+def _entries(value: Any, place: str) -> Sequence[Any]:
+    """The entries of a list, which may be JSON text; an object is its only entry."""
+    if says_nothing(value):
+        return []
+    value = listed(value, place)
+    if not isinstance(value, list | tuple | Mapping):
+        raise UnusableRow(f"{place} is {type(value).__name__}, not a list")
+    return [value] if isinstance(value, Mapping) else value
 
 
 def _function(declaration: Any) -> Any:

@@ -247,6 +247,11 @@ def test_a_picture_is_shown_by_a_template_that_shows_pictures_and_refused_by_one
         ({"contents": [USER_CONTENT], "candidates": [{"content": MODEL_CONTENT}] * 2}, "has 2 candidates"),
         ({"contents": [USER_CONTENT, {"role": "model", "parts": [{"executableCode": {"code": "1"}}]}]}, "a part holds"),
         ({"contents": [USER_CONTENT, MODEL_CONTENT], "tools": [{"googleSearch": {}}]}, "no functionDeclarations"),
+        ({"contents": [USER_CONTENT, MODEL_CONTENT], "tools": 7}, "tools is int, not a list"),
+        (
+            {"contents": [USER_CONTENT, MODEL_CONTENT], "tools": [{"functionDeclarations": 7}]},
+            "tools.0..functionDeclarations is int, not a list",
+        ),
         (
             {"contents": [{"parts": [{"inlineData": {"mimeType": "text/csv", "data": "x"}}]}]},
             "of the mimeType 'text/csv'",
