@@ -5,13 +5,14 @@ import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from tiny import make_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from draftsmith.data.corpus import Corpus
+from draftsmith.data.formats import Format
 from draftsmith.data.prompts import prompts, read_prompts
 from draftsmith.data.tokens import ChatTemplate
 from draftsmith.json_rows import Dropped, parse_object
@@ -20,6 +21,12 @@ from draftsmith.label.mine.questions import read_questions
 SEED, NUM_ROWS = 11, 1500
 SYSTEM, USER = {"role": "system", "content": "Kurz bitte."}, {"role": "user", "content": "How many äpfel?"}
 REPLY = {"role": "assistant", "content": "Seven, \U0001f600.", "weight": 1}
+ITEM = {
+    "type": "message",
+    "role": "assistant",
+    "status": "completed",
+    "content": [{"type": "output_text", "text": "Ten."}],
+}
 ROWS: list[dict[str, Any]] = [
     {"id": "a", "messages": [SYSTEM, USER, REPLY, USER, REPLY], "split": "train"},
     {"id": "b", "messages": [{"role": "user", "content": [{"type": "text", "text": "Parts?"}]}, REPLY]},
@@ -32,6 +39,15 @@ ROWS: list[dict[str, Any]] = [
     {"id": "d", "text": "Once upon a time.", "messages": [], "split": "train", "source": "s", "prefix_words": 2},
     {"id": "e", "prompt_ids": [5, 6], "reply_ids": [7, 4], "finish": "eos"},
     {"id": "f", "turns": [{"prompt_ids": [5], "reply_ids": [6, 4], "finish": "eos"}], "messages": [USER, REPLY]},
+    {"messages": [USER, REPLY, SYSTEM, USER, REPLY]},
+    {"input": [{"role": "user", "content": [{"type": "input_text", "text": "Items?"}]}], "output": [ITEM]},
+    {"request": {"input": "A log?", "instructions": "Kurz bitte."}, "response": {"output": [ITEM], "error": None}},
+    {
+        "contents": [{"role": "user", "parts": [{"text": "Parts?"}]}, {"role": "model", "parts": [{"text": "Eleven."}]}],
+        "systemInstruction": {"parts": [{"text": "Kurz bitte."}]},
+        "tools": None,
+    },
+    {"conversation": [{"system": "Kurz bitte.", "input": "Pairs?", "output": "Twelve."}]},
 ]
 VALUES: list[Any] = [
     None,
@@ -111,7 +127,7 @@ def _words(value: Any) -> Iterator[str]:
         for inner in value:
             yield from _words(inner)
     elif isinstance(value, dict):
-        for name in ("content", "value", "text"):
+        for name in ("content", "value", "text", "parts", "input", "output"):
             yield from _words(value.get(name))
 
 
@@ -154,8 +170,8 @@ def test_every_row_of_a_corpus_is_a_sample_of_its_own_words_or_left_out(
 
 
 def test_prompts_are_made_of_the_rows_that_can_be_asked(spoilt: Path, tmp_path: Path) -> None:
-    for row_format in ("openai", "sharegpt", "alpaca", "gsm8k", "specbench", "prompt", "text"):
-        prompts(str(spoilt), tmp_path / row_format, format=row_format)  # type: ignore[arg-type]
+    for row_format in get_args(Format)[1:]:
+        prompts(str(spoilt), tmp_path / row_format, format=row_format)
         found = read_prompts(tmp_path / row_format)
         dropped = (tmp_path / row_format / "dropped.jsonl").read_text(encoding="utf-8").splitlines()
         assert len(found) + len(dropped) == NUM_ROWS
