@@ -43,7 +43,10 @@ ROWS: list[dict[str, Any]] = [
     {"input": [{"role": "user", "content": [{"type": "input_text", "text": "Items?"}]}], "output": [ITEM]},
     {"request": {"input": "A log?", "instructions": "Kurz bitte."}, "response": {"output": [ITEM], "error": None}},
     {
-        "contents": [{"role": "user", "parts": [{"text": "Parts?"}]}, {"role": "model", "parts": [{"text": "Eleven."}]}],
+        "contents": [
+            {"role": "user", "parts": [{"text": "Parts?"}]},
+            {"role": "model", "parts": [{"text": "Eleven."}]},
+        ],
         "systemInstruction": {"parts": [{"text": "Kurz bitte."}]},
         "tools": None,
     },
@@ -151,7 +154,7 @@ def test_every_row_of_a_corpus_is_a_sample_of_its_own_words_or_left_out(
     lines = spoilt.read_bytes().split(b"\n")
     survey = corpus.survey()
     assert len(survey.lines) + len(survey.dropped) == NUM_ROWS
-    assert len(survey.lines) > NUM_ROWS / 6
+    assert len(survey.lines) > NUM_ROWS / 7
     assert len(survey.dropped) > NUM_ROWS / 6
     for line, sample in zip(survey.lines, corpus.samples(survey, 0, len(survey.lines)), strict=True):
         row = parse_object(lines[line - 1], any_text=True)
