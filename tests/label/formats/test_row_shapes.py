@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from labelled_files import Imported, read_labelled
 
@@ -255,6 +255,7 @@ def test_an_answer_whose_rows_do_not_stand_together_stops_the_import(tmp_path: P
         read(tmp_path, *rows)
 
 
+@settings(max_examples=25, deadline=None)  # each reads two files
 @given(st.lists(st.lists(st.sampled_from([1, 0]), min_size=1, max_size=5), min_size=1, max_size=5), st.integers(0, 1))
 def test_a_row_for_each_step_says_what_a_row_for_each_answer_says(ratings: list[list[int]], first: int) -> None:
     """Whatever is right or wrong, and whether steps count from 0 or from 1: no label moves, and no answer is lost."""
@@ -351,6 +352,7 @@ ROWS = st.dictionaries(
 )
 
 
+@settings(deadline=None)
 @given(ROWS)
 def test_a_row_of_the_usual_shape_stays_as_it_is_and_no_other_is_lost(row: dict[str, Any]) -> None:
     rows = unfolded(row)
