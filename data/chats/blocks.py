@@ -4,7 +4,7 @@ Owns: which blocks are thoughts, calls and results, and the order that they may 
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from draftsmith.data.chats.tool_calls import parsed_list, says_nothing
 from draftsmith.json_rows import UnusableRow
@@ -64,7 +64,7 @@ def spread(turn: Any, place: str) -> list[Any]:
     return [fields]
 
 
-def _is_list(value: object) -> bool:
+def _is_list(value: object) -> TypeGuard[list[Any] | tuple[Any, ...]]:
     return isinstance(value, list | tuple)
 
 
@@ -96,7 +96,7 @@ def thought_text(block: Mapping[str, Any], place: str) -> str:
         UnusableRow: there is no text.
     """
     value = block.get(THOUGHT_TYPE)
-    parts = value if isinstance(value, Sequence) and _is_list(value) else [value]
+    parts = value if _is_list(value) else [value]
     texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
     words = [text for text in texts if isinstance(text, str)]
     if len(words) < len(texts):
