@@ -71,6 +71,23 @@ class ComposedState:
         return ComposedState(self.own.select_rows(kept), None if self.head is None else self.head.select_rows(kept))
 
 
+@dataclass(frozen=True)
+class MadeOfReplies:
+    """What a composed drafter reads beside its head and `draftsmith data` made of a target's replies.
+
+    Attributes:
+        kind: pool or table.
+        called: for messages, with the name in the config.
+        vocab_size: of the target.
+        tokenizer_fingerprint: of the tokenizer; empty if unknown.
+    """
+
+    kind: str
+    called: str
+    vocab_size: int
+    tokenizer_fingerprint: str
+
+
 class ComposedDrafter(Drafter):
     """A drafter made of a head and of something that reads the text alone.
 
@@ -154,11 +171,26 @@ class ComposedDrafter(Drafter):
         """See :meth:`Drafter.drafts_from`: its config, and the folders that this names; empty for a drafter that was made in memory."""
         return "" if self.loaded_from is None else drafter_fingerprint(self.loaded_from)
 
+    @property
+    def made_of_replies(self) -> MadeOfReplies | None:
+        """What it reads that was made of replies; None for nothing."""
+        return None
+
     def attach(self, ends: TargetEnds) -> Drafter:
-        """See :meth:`Drafter.attach`. Any target will do, unless there is a head."""
+        """See :meth:`Drafter.attach`. Any target will do, unless there is a head or something made of replies.
+
+        Raises:
+            ValueError: the head is of another target, or what was made of replies has another vocabulary.
+        """
         if self.head is not None:
             self.head = self.head.bound(ends)
         self.borrow(ends)
+        made = self.made_of_replies
+        if made is not None and made.vocab_size != ends.vocab_size:
+            raise ValueError(
+                f"the {made.called} has a vocabulary of {made.vocab_size} tokens, the target {ends.vocab_size}; make the {made.kind} with "
+                "this target"
+            )
         return self
 
     def for_any_target(self) -> Self:
@@ -169,16 +201,24 @@ class ComposedDrafter(Drafter):
         return view
 
     def check_tokenizer(self, fingerprint: str) -> None:
-        """See :meth:`Drafter.check_tokenizer`: that of every part.
+        """See :meth:`Drafter.check_tokenizer`: that of every part, and of what was made of replies.
 
         Args:
             fingerprint: of the target's tokenizer; empty if unknown.
 
         Raises:
-            ValueError: a part is of another tokenizer.
+            ValueError: one of them is of another tokenizer.
         """
         for part in self.parts:
             part.check_tokenizer(fingerprint)
+        if (made := self.made_of_replies) is None:
+            return
+        own = made.tokenizer_fingerprint
+        if own and fingerprint and own != fingerprint:
+            raise ValueError(
+                f"the {made.called} was made with another tokenizer ({own[:12]}) than this one ({fingerprint[:12]}); make it again with "
+                "this target"
+            )
 
     @property
     def reads_choices(self) -> bool:

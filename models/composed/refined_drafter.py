@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from draftsmith.models.composed.composed_drafter import ComposedConfig, ComposedDrafter, ComposedState
+from draftsmith.models.composed.composed_drafter import ComposedConfig, ComposedDrafter, ComposedState, MadeOfReplies
 from draftsmith.models.composed.revisers import LMReviser, NgramReviser, Opinion, Reviser, TailState
 from draftsmith.models.composed.suffix_drafter import SuffixDrafter
 from draftsmith.models.drafters.draft_lm import LMDrafter
@@ -164,40 +164,22 @@ class RefinedDrafter(ComposedDrafter):
         """The head, and the LM where that rescores."""
         return (self.head, self.reviser.lm) if isinstance(self.reviser, LMReviser) else (self.head,)
 
-    def attach(self, ends: TargetEnds) -> Drafter:
-        """See :meth:`Drafter.attach`.
+    @property
+    def made_of_replies(self) -> MadeOfReplies | None:
+        """The n-gram table, where one rescores."""
+        if isinstance(self.reviser, LMReviser):
+            return None
+        table = self.reviser.table
+        return MadeOfReplies(
+            "table", f"n-gram table {self.config.ngrams!r}", table.vocab_size, table.tokenizer_fingerprint
+        )
 
-        Raises:
-            ValueError: the head is of another target, or the table has another vocabulary.
-        """
+    def attach(self, ends: TargetEnds) -> Drafter:
+        """See :meth:`ComposedDrafter.attach`; an LM that rescores is attached too."""
         super().attach(ends)
         if isinstance(self.reviser, LMReviser):
             self.reviser = LMReviser(self.reviser.lm.bound(ends))
-        elif self.reviser.table.vocab_size != ends.vocab_size:
-            raise ValueError(
-                f"the n-gram table {self.config.ngrams!r} has a vocabulary of {self.reviser.table.vocab_size} tokens, the target "
-                f"{ends.vocab_size}; make the table with this target"
-            )
         return self
-
-    def check_tokenizer(self, fingerprint: str) -> None:
-        """See :meth:`Drafter.check_tokenizer`: the head's and the reviser's.
-
-        Args:
-            fingerprint: of the target's tokenizer; empty if unknown.
-
-        Raises:
-            ValueError: one of the two is of another tokenizer.
-        """
-        super().check_tokenizer(fingerprint)
-        if isinstance(self.reviser, LMReviser):
-            return
-        own = self.reviser.table.tokenizer_fingerprint
-        if own and fingerprint and own != fingerprint:
-            raise ValueError(
-                f"the n-gram table {self.config.ngrams!r} was made with another tokenizer ({own[:12]}) than this one ({fingerprint[:12]}); "
-                "make it again with this target"
-            )
 
     def score_scale(self, temperature: float) -> float:
         """The head's."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from draftsmith.models.composed.composed_drafter import ComposedConfig, ComposedDrafter, ComposedState
+from draftsmith.models.composed.composed_drafter import ComposedConfig, ComposedDrafter, ComposedState, MadeOfReplies
 from draftsmith.models.composed.shared_pool import SharedPool, load_pool
 from draftsmith.models.composed.suffixes import SuffixRule, continuations
 from draftsmith.models.drafters.draft_records import Cycle, DraftState, Emitted, Opening
@@ -26,7 +26,6 @@ from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.files.field_rules import COUNT, POSITIVE, TEXT, Rule, is_number
 from draftsmith.models.slots.constants import counting
 from draftsmith.models.slots.slot_cache import KeptRows
-from draftsmith.models.target.target import TargetEnds
 from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.search import Expander
 from draftsmith.models.tree.tree import DraftTree, joined, prune, tree_from_paths
@@ -171,36 +170,13 @@ class SuffixDrafter(ComposedDrafter):
         """All of the target's."""
         return self.ends.vocab_size
 
-    def attach(self, ends: TargetEnds) -> Drafter:
-        """See :meth:`Drafter.attach`.
-
-        Raises:
-            ValueError: the head is of another target, or the shared pool of another vocabulary.
-        """
-        super().attach(ends)
-        if self.pool is not None and self.pool.vocab_size != ends.vocab_size:
-            raise ValueError(
-                f"the shared pool {self.config.shared_pool!r} has a vocabulary of {self.pool.vocab_size} tokens, the target "
-                f"{ends.vocab_size}; make the pool with this target"
-            )
-        return self
-
-    def check_tokenizer(self, fingerprint: str) -> None:
-        """See :meth:`Drafter.check_tokenizer`: the head's and the shared pool's.
-
-        Args:
-            fingerprint: of the target's tokenizer; empty if unknown.
-
-        Raises:
-            ValueError: one of the two is of another tokenizer.
-        """
-        super().check_tokenizer(fingerprint)
-        own = "" if self.pool is None else self.pool.tokenizer_fingerprint
-        if own and fingerprint and own != fingerprint:
-            raise ValueError(
-                f"the shared pool {self.config.shared_pool!r} was made with another tokenizer ({own[:12]}) than this one "
-                f"({fingerprint[:12]}); make it again with this target"
-            )
+    @property
+    def made_of_replies(self) -> MadeOfReplies | None:
+        """The shared pool, where there is one."""
+        if self.pool is None:
+            return None
+        called = f"shared pool {self.config.shared_pool!r}"
+        return MadeOfReplies("pool", called, self.pool.vocab_size, self.pool.tokenizer_fingerprint)
 
     def check_depth(self, limits: DraftLimits) -> None:
         """See :meth:`Drafter.check_depth`.
