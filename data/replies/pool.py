@@ -10,11 +10,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated
 
-from draftsmith import provenance
 from draftsmith.arguments import FLAT
 from draftsmith.data.chats.trained import EVERYTHING, TrainedOn
-from draftsmith.data.ngrams import replies_of
-from draftsmith.files import atomic_directory
+from draftsmith.data.replies.reply_text import replies_of
 from draftsmith.json_rows import Dropped, summary
 from draftsmith.models.composed.shared_pool import SharedPool, check_num_slots
 from draftsmith.models.target.options import OWN_FILES, TokenizerOptions
@@ -62,10 +60,7 @@ def pool(
         _counted(replies.runs(0, dropped), sizes), replies.vocab_size, tokens, replies.tokenizer_fingerprint
     )
     settings = {"tokens": tokens, "split": split, "template": rendering.template}
-    with atomic_directory(out, STAGE) as partial_folder:
-        kept.save(partial_folder)
-        record = provenance.record(provenance.command_line(), settings, {str(source): replies.corpus.fingerprint})
-        provenance.write(partial_folder, record)
+    replies.write(kept, out, STAGE, settings)
     print(f"{kept.num_tokens:,} of {sizes['tokens']:,} tokens in {out}; {summary(dropped)}")
 
 

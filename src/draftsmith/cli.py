@@ -79,7 +79,7 @@ COMMANDS: dict[tuple[str, ...], Command] = {
         "Check a cache: checksums, and samples run through the target again.",
     ),
     ("data", "ngrams"): Command(
-        "draftsmith.data.ngrams", "ngrams", "Count the n-grams of replies, to score drafts a second time."
+        "draftsmith.data.replies.ngrams", "ngrams", "Count the n-grams of replies, to score drafts a second time."
     ),
     ("data", "pool"): Command(
         "draftsmith.data.replies.pool",

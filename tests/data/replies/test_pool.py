@@ -5,11 +5,14 @@ import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
+from draftsmith.data.corpus import Corpus
 from draftsmith.data.replies import pool as pool_module
 from draftsmith.data.replies.pool import pool
+from draftsmith.data.replies.reply_text import Replies
 from draftsmith.decode import Engine, GenerationSettings
 from draftsmith.models import Target
 from draftsmith.models.composed.shared_pool import load_pool
@@ -107,12 +110,12 @@ def test_no_more_of_the_source_is_in_memory_than_is_kept(
             yield run
             del run
 
-    replies = SimpleNamespace(
-        runs=runs, vocab_size=200, tokenizer_fingerprint="", corpus=SimpleNamespace(fingerprint="f")
-    )
+    source = tmp_path / "source.jsonl"
+    replies = Replies(cast(Corpus, SimpleNamespace(source=source, fingerprint="f")), 200, "")
+    monkeypatch.setattr(Replies, "runs", lambda self, before, dropped: runs(before, dropped))
     monkeypatch.setattr(pool_module, "replies_of", lambda *args: replies)
-    (tmp_path / "source.jsonl").write_text("{}\n")
-    pool(tmp_path / "source.jsonl", "target", tmp_path / "pool", tokens=20)
+    source.write_text("{}\n")
+    pool(source, "target", tmp_path / "pool", tokens=20)
     assert most <= 3
     assert "15 of 300 tokens in" in capsys.readouterr().out
 
