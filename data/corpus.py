@@ -1,7 +1,7 @@
 """Tokenized samples from any file this project writes or reads: replies with token ids, conversations, documents.
 
-Owns: which kind a row is, how it becomes a sample, and where each sample lies in its file. Does not know: caches,
-targets, how processes share the work (`shared_survey.py`).
+Owns: which kind a row is, how it becomes a sample, and where each sample lies in its file. Does not know: which fields hold
+token ids (`token_rows.py`), caches, targets, how processes share the work (`shared_survey.py`).
 """
 
 import functools
@@ -22,7 +22,8 @@ from draftsmith.data.formats import Conversation, Message, UnusableRow, detect_f
 from draftsmith.data.progress import progress
 from draftsmith.data.prompts import PROMPT_FILE, say_dropped
 from draftsmith.data.survey import COLUMNS, IDS_AS_GENERATED, Survey, begun_anew
-from draftsmith.data.tokens import ChatTemplate, TokenizedSample, Turn, cut, no_labels, samples_from_turns
+from draftsmith.data.token_rows import sample_of_ids, turns_begun_anew, turns_of
+from draftsmith.data.tokens import ChatTemplate, TokenizedSample, cut, no_labels, samples_from_turns
 from draftsmith.files import sha256_file
 from draftsmith.foreign import one_line
 from draftsmith.json_rows import Dropped, check_lines, check_values, is_blank, parse_object, shown, summary
@@ -30,7 +31,6 @@ from draftsmith.outside import parse_json_object
 
 RESPONSE_GLOB = "responses*.jsonl"
 _PART_LINES, _PART_BYTES = 4096, 2**25
-_LARGEST_ID = 2**31 - 1
 _NO_TOKEN = "no token is trained on"
 T = TypeVar("T")
 R = TypeVar("R")
@@ -337,10 +337,10 @@ class Corpus:
         check_values({"id": row.get("id")})
         sample_id = row_id(row, f"{one_line(self.files[file].stem)}-{line}")
         if row.get("input_ids") is not None:
-            return [_sample_of_ids(row, sample_id, self.vocab_size)]
+            return [sample_of_ids(row, sample_id, self.vocab_size)]
         turns = turns_of(row, self.vocab_size)
         if turns is not None:
-            anew = _begun_anew(row)
+            anew = turns_begun_anew(row)
             kinds = None if self._marks is None else self._marks.kinds
             make = partial(samples_from_turns, begun_anew=anew, trained_on=self.trained_on, reply_kinds=kinds)
             has_tools = bool(read_tools(row))
@@ -369,32 +369,6 @@ class Corpus:
             if self.trained_on.kinds != EVERYTHING.kinds:
                 raise
             return None
-
-
-def _sample_of_ids(row: Mapping[str, Any], sample_id: str, vocab_size: int | None) -> TokenizedSample:
-    """The sample of a row of `input_ids` and `loss_mask`, as speculators and other trainers keep theirs.
-
-    Raises:
-        UnusableRow: ids that are none, or a mask that is not one 0 or 1 for each.
-    """
-    ids, mask = token_ids(row, "input_ids", vocab_size), row.get("loss_mask")
-    if not isinstance(mask, list) or len(mask) != len(ids) or any(entry not in (0, 1) for entry in mask):
-        raise UnusableRow(f"loss_mask is no list of {len(ids)} entries 0 or 1, one for each of input_ids")
-    if not ids:
-        raise UnusableRow("input_ids is empty")
-    return TokenizedSample(sample_id, ids, [bool(entry) for entry in mask])
-
-
-def _begun_anew(row: Mapping[str, Any]) -> list[int]:
-    """The turns whose prompts need not continue the turn before.
-
-    Raises:
-        UnusableRow: anything but a list of numbers.
-    """
-    turns = row.get("begun_anew") or []
-    if not isinstance(turns, list) or not all(type(number) is int for number in turns):
-        raise UnusableRow(f"begun_anew is {turns!r:.80}; it is a list of turn numbers")
-    return turns
 
 
 def _or_unusable(make: Callable[[str, T], R], sample_id: str, content: T) -> R:
@@ -491,63 +465,6 @@ def _check_all_ranks(files: list[Path]) -> None:
         raise ValueError(
             f"{files[0].parent} has the replies of {len(ranked)} of {int(ranked[0][2])} ranks; run the others too"
         )
-
-
-def turns_of(row: Mapping[str, Any], vocab_size: int | None = None) -> list[Turn] | None:
-    """Read exchanges in token ids: `turns`, or one `prompt_ids` and `reply_ids`.
-
-    Args:
-        row: of a file of replies.
-        vocab_size: of the target; None where nobody knows.
-
-    Returns:
-        The exchanges; None for a row without ids.
-
-    Raises:
-        UnusableRow: ids that are no whole numbers from 0 to below `vocab_size`, a `finish` that is no text, or a turn that lacks
-            either list.
-    """
-    if row.get("prompt_ids") is not None and row.get("reply_ids") is not None:
-        return [_turn(row, "", vocab_size)]
-    turns = row.get("turns")
-    if not isinstance(turns, list) or not any(isinstance(turn, Mapping) and "reply_ids" in turn for turn in turns):
-        return None
-    return [_turn(turn, f"turn {number}: ", vocab_size) for number, turn in enumerate(turns)]
-
-
-def _turn(turn: Any, place: str, vocab_size: int | None) -> Turn:
-    if not isinstance(turn, Mapping):
-        raise UnusableRow(f"{place}{type(turn).__name__}, not an object")
-    finish = turn.get("finish")
-    if finish is not None and not isinstance(finish, str):
-        raise UnusableRow(f"{place}finish is {finish!r:.80}, not text")
-    prompt_ids, reply_ids = (token_ids(turn, field, vocab_size, place) for field in ("prompt_ids", "reply_ids"))
-    return Turn(prompt_ids, reply_ids, finish or "")
-
-
-def token_ids(row: Mapping[str, Any], field: str, vocab_size: int | None = None, place: str = "") -> list[int]:
-    """Read a field of token ids.
-
-    Args:
-        row: of a file of replies.
-        field: the field's name.
-        vocab_size: of the target; None where nobody knows.
-        place: goes before the message.
-
-    Returns:
-        The ids.
-
-    Raises:
-        UnusableRow: it is no list of whole numbers (true and 1.0 are none), or one is negative or not below `vocab_size`.
-    """
-    ids = row.get(field)
-    if not isinstance(ids, list) or set(map(type, ids)) - {int}:
-        raise UnusableRow(f"{place}{field} is no list of whole numbers")
-    last = _LARGEST_ID if vocab_size is None else vocab_size - 1
-    for token in (min(ids, default=0), max(ids, default=0)):
-        if not 0 <= token <= last:
-            raise UnusableRow(f"{place}{field} has the token id {token!s:.20}; ids go from 0 to {last}")
-    return list(ids)
 
 
 def why_unlabelled(sample: TokenizedSample, max_length: int) -> str:

@@ -15,12 +15,12 @@ from draftsmith.data.benchmark_fields import benchmark_fields, is_question
 from draftsmith.data.chats.modes import modes
 from draftsmith.data.chats.reply_marks import ReplyMarks, marks_of
 from draftsmith.data.chats.tool_calls import read_tools
-from draftsmith.data.corpus import token_ids
 from draftsmith.data.formats import row_id
 from draftsmith.data.prompt_ids import chat_for, check_prompt, first_prompt_ids
 from draftsmith.data.prompts import PROMPT_FILE, Prompt, PromptSelection, read_prompts, read_question_set, say_dropped
 from draftsmith.data.replies.dialogues import Dialogue
 from draftsmith.data.replies.reply_sources import Reply
+from draftsmith.data.token_rows import token_ids
 from draftsmith.data.tokens import ChatTemplate
 from draftsmith.evaluate.records import Sample
 from draftsmith.files import read_jsonl
