@@ -16,6 +16,7 @@ MOVED = {
     "draftsmith.data.http_json": "draftsmith.data.replies.http_json",
     "draftsmith.data.lengths": "draftsmith.data.shards.lengths",
     "draftsmith.data.manifest": "draftsmith.data.shards.manifest",
+    "draftsmith.data.ngrams": "draftsmith.data.replies.ngrams",
     "draftsmith.data.own_folder": "draftsmith.data.remote.private_folder",
     "draftsmith.data.packing": "draftsmith.data.shards.packing",
     "draftsmith.data.ranks": "draftsmith.data.shared_work",
