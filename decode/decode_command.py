@@ -89,9 +89,9 @@ def decode(
         prompt: The user's message, or the raw text to continue.
         target: Model directory, hub id, embedded:target or embedded:draft_lm.
         drafter: Folder or hub id of a drafter or a draft LM, or embedded:suffix; none decodes plainly.
-        shape: How much to draft: WIDTHxLENGTH beams with LENGTH drafted tokens, 10x6n60 a dynamic tree, tree:FILE.json or t3.2.1 a
-            static one, s1.1.1, k4.2.1 or b1.1.1 a sampled one; p0.1 prunes, e0.5 stops early. Default: what `draftsmith tune` kept in the
-            drafter's folder, else the family's own, else 1x4.
+        shape: How much to draft: WIDTHxLENGTH beams with LENGTH drafted tokens, 10x6n60 a dynamic tree (m2 behind it merges branches),
+            tree:FILE.json or t3.2.1 a static one, s1.1.1, k4.2.1 or b1.1.1 a sampled one; p0.1 prunes, e0.5 stops early. Default: what
+            `draftsmith tune` kept in the drafter's folder, else the family's own, else 1x4.
         rule: lossless; or LOSSY: judge:FOLDER@0.9, top-k@3, typical@0.09, kl@0.5, kl-unsure@0.5, ensemble@0.7, fly@0.3, margin@0.3,
             relaxed:BEGIN,END@0.5 (the ids of the tokens around a thought), everything.
         draw: Length, seed and temperature; see `DrawOptions`. With and without a drafter one seed gives one text, except for sampled trees.

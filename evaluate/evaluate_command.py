@@ -83,10 +83,11 @@ def evaluate(
         prompts: JSONL file or folder of `draftsmith data prompts`, a file of Spec-Bench or SPEED-Bench (JSONL or Parquet), or JSONL rows
             with prompt_ids.
         out: Folder for the report.
-        drafters: Folders of trained or exported drafters; NAME=PATH names one, PATH@1x4,10x4 gives it its own shapes.
-        shapes: Shapes for the others: WIDTHxLENGTH beams with LENGTH drafted tokens, 10x6n60 a dynamic tree, tree:FILE.json
-            or t3.2.1 a static one, s1.1.1, k4.2.1 or b1.1.1 a sampled one; p0.1 prunes, e0.5 stops early. Default: what
-            `draftsmith tune` kept in the drafter's folder, else the family's own, else 1x4.
+        drafters: Folders or hub ids of drafters or draft LMs, or embedded:suffix; NAME=PATH names one, PATH@1x4,10x4 gives it its own
+            shapes.
+        shapes: Shapes for the others: WIDTHxLENGTH beams with LENGTH drafted tokens, 10x6n60 a dynamic tree (m2 behind it merges
+            branches), tree:FILE.json or t3.2.1 a static one, s1.1.1, k4.2.1 or b1.1.1 a sampled one; p0.1 prunes, e0.5 stops early.
+            Default: what `draftsmith tune` kept in the drafter's folder, else the family's own, else 1x4.
         temperatures: One row each; 0 is greedy. Default 0.
         reply: Length and seed; see `ReplyOptions`.
         filters: Which tokens can be drawn; see `FilterOptions`.
