@@ -1,7 +1,7 @@
 """The drafter seam: the one interface that the trainer, the decoder and the exporter share.
 
-Owns what every family has in common: which features of the target it reads, its head, and how it drafts. Its vocabulary and its bond to one
-target are those of the classes it extends. Knows no family, no Lightning and no cache format.
+Owns what every family has in common: which features of the target it reads, and how it drafts. Its vocabulary, its heads and its bond to
+one target are those of the classes it extends. Knows no family, no Lightning and no cache format.
 
 Shape legend: B batch rows, T packed tokens, A anchors, K draft steps, N tree nodes.
 D hidden, V target vocabulary, Vd draft vocabulary.
@@ -17,10 +17,9 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from draftsmith.models.drafters.draft_head import DraftHead
 from draftsmith.models.drafters.draft_records import Cycle, DraftState, Emitted, Opening
-from draftsmith.models.drafters.draft_vocabulary import DraftVocabulary
 from draftsmith.models.drafters.drafter_config import DrafterConfig
 from draftsmith.models.drafters.drafter_reader import read_drafter
 from draftsmith.models.drafters.returned_shapes import check_features, checked_expander
@@ -33,12 +32,11 @@ from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.sampled_search import sampled_tree
 from draftsmith.models.tree.search import Expander, search
 from draftsmith.models.tree.shapes_by_rows import ShapesByRows
-from draftsmith.models.tree.shortlist import likeliest_alone
 from draftsmith.models.tree.tree import DraftTree
 from draftsmith.models.trunk.riders import Riders
 
 
-class Drafter(DraftVocabulary):
+class Drafter(DraftHead):
     """A small trained module that proposes tokens from a frozen target's states.
 
     Saved and loaded as any ``PreTrainedModel``. The target's frozen ends (embedding, final norm, head) are borrowed through
@@ -61,8 +59,6 @@ class Drafter(DraftVocabulary):
     """Whether the head's inputs are guesses of the target's normed states, which a loss can then be taken on."""
     learns_through_target: ClassVar[bool] = False
     """Whether training runs through the target's own blocks, so that it needs the whole target and not its ends alone."""
-    borrows_head: bool = False
-    """Whether its output head is the target's own, which is no weight of the drafter."""
 
     def __init__(self, config: DrafterConfig) -> None:
         config.check(type(self).__name__)
@@ -188,75 +184,9 @@ class Drafter(DraftVocabulary):
         return self.ends.embed(tokens).to(self.dtype)
 
     @property
-    def head_weight(self) -> Tensor:
-        """[Vd, E]: the output head, where one serves every draft step. Such a family overrides this.
-
-        Raises:
-            ValueError: this family has a head for each step, or names no head at all.
-        """
-        name = type(self).__name__
-        if self.has_one_head:
-            raise ValueError(
-                f"{name} overrides neither head_weight nor step_weight(step); override the one that fits its heads"
-            )
-        raise ValueError(f"{name} has a head for each step, so it has no head_weight; call step_weight(step)")
-
-    def step_weight(self, step: int) -> Tensor:
-        """The output head of one draft step. A family whose head differs from step to step overrides this.
-
-        Args:
-            step: counted from 0.
-
-        Returns:
-            [Vd, E].
-
-        Raises:
-            ValueError: a family with a head for each step does not override this.
-        """
-        return self.head_weight
-
-    @property
-    def has_one_head(self) -> bool:
-        """Whether one output head serves every draft step."""
-        return type(self).step_weight is Drafter.step_weight
-
-    @property
-    def correction_weight(self) -> Tensor | None:
-        """[Vd, r]: a matrix beside the output head; None in most families.
-
-        Where there is one, a head's inputs are [..., E + r], and its logits ``inputs[..., :E] @ head.T + inputs[..., E:] @ correction.T``.
-        """
-        return None
-
-    @property
     def skips_steps(self) -> bool:
         """Whether :meth:`teacher_forced` computes valid steps alone, so that drawing fewer of the deep ones saves work."""
         return False
-
-    @property
-    def num_candidates(self) -> int | None:
-        """How many tokens of each step can be drafted: the likeliest without the :attr:`correction_weight`. None in most families: all."""
-        return None
-
-    @property
-    def has_confidence(self) -> bool:
-        """Whether :meth:`confidence` says how likely a token will be accepted."""
-        return False
-
-    def confidence(self, head_inputs: Tensor, tokens: Tensor) -> Tensor:
-        """Say how likely the target will accept what is drawn from a step, before it is drawn.
-
-        Args:
-            head_inputs: [..., E], as :meth:`teacher_forced` gives them.
-            tokens: int64 [...], target ids fed at these steps.
-
-        Returns:
-            [...], logits of the chances.
-
-        Raises:
-            ValueError: this family has no such head.
-        """
-        raise ValueError(f"{type(self).__name__} has no confidence head; ask has_confidence first")
 
     @property
     def reads_drafted(self) -> bool:
@@ -277,37 +207,6 @@ class Drafter(DraftVocabulary):
     def max_draft_steps(self) -> int | None:
         """The deepest draft that it can make; None for any depth. A family with a head for each step overrides this."""
         return None
-
-    def logits(self, head_inputs: Tensor, step: int) -> Tensor:
-        """Score one draft step.
-
-        Args:
-            head_inputs: [..., E], or [..., E + r] with a :attr:`correction_weight`.
-            step: counted from 0.
-
-        Returns:
-            Draft logits [..., Vd].
-        """
-        weight, correction = self.step_weight(step), self.correction_weight
-        if correction is None:
-            return self.without_mask(F.linear(head_inputs.to(weight.dtype), weight))
-        width = weight.shape[1]
-        corrected = F.linear(head_inputs[..., width:].to(correction.dtype), correction)
-        logits = self.without_mask(F.linear(head_inputs[..., :width].to(weight.dtype), weight))
-        return corrected + (logits if self.num_candidates is None else likeliest_alone(logits, self.num_candidates))
-
-    def rollout_logits(self, head_inputs_KAE: Tensor) -> Tensor:
-        """Score all steps of a rollout.
-
-        Args:
-            head_inputs_KAE: what :meth:`teacher_forced` gave.
-
-        Returns:
-            Draft logits [K, A, Vd].
-        """
-        if self.has_one_head:
-            return self.logits(head_inputs_KAE, 0)
-        return torch.stack([self.logits(inputs_AE, step) for step, inputs_AE in enumerate(head_inputs_KAE)])
 
     @abstractmethod
     def teacher_forced(self, batch: PackedBatch, rollout: Rollout) -> Tensor:
