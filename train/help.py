@@ -26,6 +26,7 @@ SUBCOMMANDS = {
 }
 _MODULES = {
     "DraftModule": ("draftsmith.train.drafter.module", "CacheDataModule or OnlineDataModule"),
+    "JointDraftModule": ("draftsmith.train.drafter.joint_module", "CacheDataModule"),
     "DraftLMModule": ("draftsmith.train.draft_lm.module", "DistilDataModule"),
     "JudgeModule": ("draftsmith.train.judge.module", "JudgeDataModule"),
 }

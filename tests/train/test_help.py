@@ -17,6 +17,7 @@ from draftsmith.train.key_check import TOP
 CONFIGS = Path(__file__).parents[2] / "configs"
 CLASSES = [
     "DraftModule",
+    "JointDraftModule",
     "DraftLMModule",
     "JudgeModule",
     "CacheDataModule",
@@ -80,6 +81,7 @@ def test_a_misspelt_flag_is_answered_without_lightning(
     [
         ("trainer: {max_step: 3}", "trainer.max_step is an unknown key. Did you mean trainer.max_steps"),
         ("base: redrafter.yaml\nmodel: {init_args: {chunk_row: 3}}", "Did you mean model.init_args.chunk_rows"),
+        ("base: lora/medusa2.yaml\nmodel: {init_args: {ends_dtype: float32}}", "model.init_args.ends_dtype is an unknown key"),
         ("modle: {class_path: DraftModule}", "modle is an unknown key. Did you mean model?"),
     ],
 )
