@@ -81,7 +81,10 @@ def test_a_misspelt_flag_is_answered_without_lightning(
     [
         ("trainer: {max_step: 3}", "trainer.max_step is an unknown key. Did you mean trainer.max_steps"),
         ("base: redrafter.yaml\nmodel: {init_args: {chunk_row: 3}}", "Did you mean model.init_args.chunk_rows"),
-        ("base: lora/medusa2.yaml\nmodel: {init_args: {ends_dtype: float32}}", "model.init_args.ends_dtype is an unknown key"),
+        (
+            "base: lora/medusa2.yaml\nmodel: {init_args: {ends_dtype: float32}}",
+            "model.init_args.ends_dtype is an unknown key",
+        ),
         ("modle: {class_path: DraftModule}", "modle is an unknown key. Did you mean model?"),
     ],
 )
