@@ -20,7 +20,7 @@ from draftsmith.data.chats.reply_marks import ReplyMarks
 from draftsmith.data.chats.samples import TokenizedSample, Turn, cut, from_turns, numbered, samples_from_turns
 from draftsmith.data.chats.trained import EVERYTHING, Kind, TrainedOn
 from draftsmith.data.reply_spans import Encoded, Span, reply_mask
-from draftsmith.data.seams import Seams, around_reply
+from draftsmith.data.seams import around_reply
 from draftsmith.models.files.end_tokens import read_end_tokens
 from draftsmith.models.target.prompt_template import (
     NO_OPTIONS,
@@ -54,23 +54,6 @@ class ChatTemplate(PromptTemplate):
     @property
     def _has_blocks(self) -> bool:
         return self.text is not None and _GENERATION_BLOCK.search(self.text) is not None
-
-    def next_turn_ids(self, messages: Sequence[Message], reply_ids: Sequence[int]) -> list[int]:
-        """Encode what lies between an earlier reply and the next one; see `seams.py` for the rule.
-
-        A reply is never encoded again: its own ids stay as they were generated.
-
-        Args:
-            messages: the user's new turn.
-            reply_ids: the earlier reply, its end token included.
-
-        Returns:
-            Token ids.
-
-        Raises:
-            ValueError: the template shows a reply not exactly once, or fails.
-        """
-        return Seams(self).ids([Message(role="user", content="-")], reply_ids, messages)
 
     def conversation(self, sample_id: str, messages: Sequence[Message]) -> TokenizedSample:
         """The last of a conversation's `samples`: the only one, unless the template rewrites earlier turns.

@@ -125,23 +125,6 @@ class Judge(BoundModule):
         self.borrow(ends)
         return self
 
-    def check_draft(self, name: str, fingerprint: str) -> None:
-        """Check that a draft model is the one whose states the judge was trained on; any will do for a judge that reads none.
-
-        Args:
-            name: of the draft model, for the message.
-            fingerprint: of its files; empty if unknown.
-
-        Raises:
-            ValueError: both fingerprints are known and differ.
-        """
-        trained_with = self.config.draft_fingerprint
-        if self.reads_draft and trained_with and fingerprint and trained_with != fingerprint:
-            raise ValueError(
-                f"this judge reads the states of draft model {self.config.draft_name!r} (fingerprint {trained_with[:12]}), not of {name!r} "
-                f"({fingerprint[:12]}); use that draft model, or train a judge that reads the target alone"
-            )
-
     def log_odds(self, states: Tensor, draft_states: Tensor | None = None, opinion: Tensor | None = None) -> Tensor:
         """The log-odds of being correct.
 

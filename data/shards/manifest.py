@@ -143,17 +143,6 @@ class Manifest:
     read_tokens: dict[str, int] = field(default_factory=dict)
     modes: dict[str, int] = field(default_factory=dict)
 
-    def with_shard(self, shard: ShardRecord) -> "Manifest":
-        """Add one more shard.
-
-        Args:
-            shard: its record.
-
-        Returns:
-            The manifest with it.
-        """
-        return self.with_shards((*self.shards, shard))
-
     def with_shards(self, shards: Iterable[ShardRecord]) -> "Manifest":
         """Replace the shards.
 

@@ -6,8 +6,7 @@ Dimension: N, the tokens (or words) of one response.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from draftsmith.label.schema import Answer, Span, Verdict
@@ -55,27 +54,6 @@ class Agreement:
     def distances(self) -> tuple[int, ...]:
         """The distances of the answers in which both marked an error, smallest first."""
         return tuple(sorted(comparison.distance for comparison in self.comparisons if comparison.distance is not None))
-
-
-def agreements(answers: Iterable[Answer], cut: Callable[[Answer], Sequence[Span]]) -> list[Agreement]:
-    """Each pair of annotators who share at least one answer, by name.
-
-    Labels of which one replaces the other are left out, and those that speak of a part of an answer (see `are_comparable`).
-
-    Args:
-        answers: one for each author's label of each answer, as `Store.answers` gives them.
-        cut: the N tokens of an answer; asked only where both marked an error.
-    """
-    by_item: dict[str, list[Answer]] = {}
-    for answer in answers:
-        if answer.label is not None:
-            by_item.setdefault(answer.id, []).append(answer)
-    by_pair: dict[tuple[str, str], list[LabelComparison]] = {}
-    for labelled in by_item.values():
-        for first, second in itertools.combinations(sorted(labelled, key=_author), 2):
-            if are_comparable(first, second):
-                by_pair.setdefault((_author(first), _author(second)), []).append(compared(first, second, cut))
-    return [Agreement(first, second, tuple(comparisons)) for (first, second), comparisons in sorted(by_pair.items())]
 
 
 def are_comparable(first: Answer, second: Answer) -> bool:
@@ -146,11 +124,6 @@ def token_distance(first: Span, second: Span, offsets: Sequence[Span]) -> int | 
         for mark in (first, second)
     ]
     return None if starts[0] is None or starts[1] is None else abs(starts[0] - starts[1])
-
-
-def _author(answer: Answer) -> str:
-    assert answer.label is not None
-    return answer.label.labelled_by
 
 
 def compared(first: Answer, second: Answer, cut: Callable[[Answer], Sequence[Span]]) -> LabelComparison:

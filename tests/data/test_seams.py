@@ -6,7 +6,7 @@ from tiny import EOS, make_tokenizer
 
 from draftsmith.data import seams
 from draftsmith.data.formats import Message
-from draftsmith.data.seams import History
+from draftsmith.data.seams import History, Seams
 from draftsmith.data.tokens import ChatTemplate
 from draftsmith.models.target.template_fields import TemplateRefusal
 
@@ -18,6 +18,10 @@ CHAINED = [
     "last turn left open",
 ]
 NEXT = [Message(role="user", content="Sure?")]
+
+
+def next_turn_ids(chat: ChatTemplate, messages: list[Message], reply_ids: list[int]) -> list[int]:
+    return Seams(chat).ids([Message(role="user", content="-")], reply_ids, messages)
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "metaspace"])
@@ -32,8 +36,8 @@ def test_one_end_mark_whichever_token_ended_the_reply(name: str, kind: str) -> N
     behind = whole[next(place for place in marks if place > len(prompt)) + 1 :]
     for end in ends:
         reply = [*chat._encode(" Nine pears are left."), end]
-        assert chat.next_turn_ids(NEXT, reply) == behind
-    unfinished = chat.next_turn_ids(NEXT, reply[:-1])
+        assert next_turn_ids(chat, NEXT, reply) == behind
+    unfinished = next_turn_ids(chat, NEXT, reply[:-1])
     assert unfinished[-len(behind) :] == behind
     assert len(unfinished) > len(behind)
 
@@ -42,15 +46,15 @@ def test_an_end_mark_that_the_template_writes_between_turns_only_is_left_out_too
     tokenizer, ends = styled_tokenizer("another mark between turns", "byte-level")
     chat = ChatTemplate(tokenizer, None, ends)
     for end in ends:
-        assert tokenizer.decode(chat.next_turn_ids(NEXT, [end])) == "<T>user<M>Sure?<E><T>assistant"
-    assert tokenizer.decode(chat.next_turn_ids(NEXT, [])) == "<E><T>user<M>Sure?<E><T>assistant"
+        assert tokenizer.decode(next_turn_ids(chat, NEXT, [end])) == "<T>user<M>Sure?<E><T>assistant"
+    assert tokenizer.decode(next_turn_ids(chat, NEXT, [])) == "<E><T>user<M>Sure?<E><T>assistant"
 
 
 def test_an_end_token_that_opens_the_next_turn_is_left_out_only_where_the_reply_ended_with_it() -> None:
     tokenizer, (other, opening) = styled_tokenizer("the next turn's opening ends replies", "byte-level")
     chat = ChatTemplate(tokenizer, None, (other, opening))
-    assert tokenizer.decode(chat.next_turn_ids(NEXT, [opening])) == "\nSure?<A>\n"
-    assert tokenizer.decode(chat.next_turn_ids(NEXT, [other])) == "<U>\nSure?<A>\n"
+    assert tokenizer.decode(next_turn_ids(chat, NEXT, [opening])) == "\nSure?<A>\n"
+    assert tokenizer.decode(next_turn_ids(chat, NEXT, [other])) == "<U>\nSure?<A>\n"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -65,7 +69,7 @@ def test_an_empty_reply_keeps_its_ids_and_one_end_mark(name: str, kind: str) -> 
     prompt = chat.first_prompt_ids(asked)
     for end in ends:
         found = History(chat, asked).next_prompt_ids(prompt, [end], NEXT)
-        assert found == [*prompt, end, *chat.next_turn_ids(NEXT, [end])]
+        assert found == [*prompt, end, *next_turn_ids(chat, NEXT, [end])]
 
 
 @pytest.mark.parametrize(
@@ -123,7 +127,7 @@ def test_a_conversation_about_the_reply_marker_has_seams_and_masks_like_another(
     chat = ChatTemplate(tokenizer, None, ends)
     marker = seams._SENTINEL
     asked = [Message(role="user", content=f"What is {marker}?")]
-    assert tokenizer.decode(chat.next_turn_ids(asked, ends)).count(marker) == 1
+    assert tokenizer.decode(next_turn_ids(chat, asked, ends)).count(marker) == 1
     said = Message(role="assistant", content=f"{marker.upper()} is {marker}.")
     sample = chat.conversation("c", [*asked, said, *asked, Message(role="assistant", content="Yes.")])
     learned = [token for token, own in zip(sample.input_ids, sample.loss_mask, strict=True) if own]

@@ -5,6 +5,7 @@ from tiny import TEMPLATE, make_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from draftsmith.data.formats import Message
+from draftsmith.data.seams import Seams
 from draftsmith.data.tokens import ChatTemplate, TokenizedSample, Turn, cut, from_turns
 
 # Jinja eats the newline after a block's end, not the one after plain text.
@@ -15,6 +16,10 @@ CONVERSATION = [
     Message(role="user", content="Sure?"),
     Message(role="assistant", content="Yes."),
 ]
+
+
+def next_turn_ids(chat: ChatTemplate, messages: list[Message], reply_ids: list[int]) -> list[int]:
+    return Seams(chat).ids([Message(role="user", content="-")], reply_ids, messages)
 
 
 def labelled_text(tokenizer: PreTrainedTokenizerBase, sample: TokenizedSample) -> str:
@@ -56,7 +61,7 @@ def test_later_turns_continue_the_rendered_conversation(template: str) -> None:
     tokenizer = make_tokenizer(template)
     chat = ChatTemplate(tokenizer)
     reply = tokenizer.encode("He has seven.<|end|>")
-    ids = chat.first_prompt_ids(CONVERSATION[:1]) + reply + chat.next_turn_ids(CONVERSATION[2:3], reply)
+    ids = chat.first_prompt_ids(CONVERSATION[:1]) + reply + next_turn_ids(chat, CONVERSATION[2:3], reply)
     whole = tokenizer.apply_chat_template(CONVERSATION[:3], tokenize=False, add_generation_prompt=True)
     assert tokenizer.decode(ids) == whole
 
@@ -65,8 +70,8 @@ def test_a_reply_that_ran_out_of_budget_is_closed_by_the_template() -> None:
     tokenizer = make_tokenizer()
     chat = ChatTemplate(tokenizer)
     unfinished = tokenizer.encode("He has")
-    assert chat.next_turn_ids(CONVERSATION[2:3], unfinished)[0] == tokenizer.eos_token_id
-    assert chat.next_turn_ids(CONVERSATION[2:3], [tokenizer.eos_token_id])[0] != tokenizer.eos_token_id
+    assert next_turn_ids(chat, CONVERSATION[2:3], unfinished)[0] == tokenizer.eos_token_id
+    assert next_turn_ids(chat, CONVERSATION[2:3], [tokenizer.eos_token_id])[0] != tokenizer.eos_token_id
 
 
 def test_plain_text_needs_no_template() -> None:

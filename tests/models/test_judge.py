@@ -173,7 +173,7 @@ def test_another_threshold_is_a_copy_on_the_same_target(target: Path) -> None:
         judge.with_threshold(1.5)
 
 
-def test_another_target_tokenizer_or_draft_is_refused(target: Path, other_target: Path) -> None:
+def test_another_target_or_tokenizer_is_refused(target: Path, other_target: Path) -> None:
     ends = Target.load(str(target)).ends
     judge = a_judge(target_name="mine", target_fingerprint=ends.fingerprint, tokenizer_fingerprint="a" * 64)
     assert judge.attach(ends) is judge
@@ -185,10 +185,6 @@ def test_another_target_tokenizer_or_draft_is_refused(target: Path, other_target
     judge.check_tokenizer("")
     with pytest.raises(ValueError, match="another tokenizer"):
         judge.check_tokenizer("b" * 64)
-    judge.check_draft("any", "c" * 64)
-    reader = a_judge(draft_hidden_size=4, draft_name="small", draft_fingerprint="d" * 64)
-    with pytest.raises(ValueError, match="draft model 'small'"):
-        reader.check_draft("other", "c" * 64)
 
 
 def test_a_saved_judge_comes_back_whole(tmp_path: Path) -> None:

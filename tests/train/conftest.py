@@ -97,7 +97,7 @@ def make_cache(target: Target, target_dir: Path, tmp_path_factory: pytest.TempPa
             batch_tokens=1024,
         )
         counts = (record.num_samples, record.num_tokens, record.num_labelled)
-        Manifest(identity, *counts, num_dropped=0, num_cut=0).with_shard(record).save(folder)
+        Manifest(identity, *counts, num_dropped=0, num_cut=0).with_shards([record]).save(folder)
         return folder
 
     return make

@@ -77,7 +77,7 @@ def test_reading_and_packing_keep_far_ahead_of_training(tmp_path: Path) -> None:
         greedy_ids=None,
     )
     record = write_shard(tmp_path / "shard-00000.safetensors", content)
-    Manifest(identity, count, count * length, count * length, 0, 0).with_shard(record).save(tmp_path)
+    Manifest(identity, count, count * length, count * length, 0, 0).with_shards([record]).save(tmp_path)
     started = time.perf_counter()
     cache = HiddenStateCache(tmp_path)
     tokens = sum(batch.input_ids.shape[0] for batch in packed_batches(cache, cache.sample_lengths, 4096))

@@ -43,7 +43,8 @@ def write_cache(folder: Path, lengths: list[list[int]] = LENGTHS, with_lengths: 
             hidden={LAYER: ids[:, None].to(torch.bfloat16).expand(-1, 4).contiguous()},
             greedy_ids=None,
         )
-        manifest = manifest.with_shard(write_shard(folder / f"shard-{number:05d}.safetensors", content))
+        record = write_shard(folder / f"shard-{number:05d}.safetensors", content)
+        manifest = manifest.with_shards((*manifest.shards, record))
     manifest.save(folder)
     if with_lengths:
         write_lengths(folder, flat)

@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 from draftsmith.data.formats import Message
 from draftsmith.label.page.markable_spans import words
 from draftsmith.label.schema import Answer, Label, Span, Verdict
-from draftsmith.label.store.agreement import agreements, cohens_kappa, speaks_of_all, token_distance
+from draftsmith.label.store.agreement import (
+    Agreement,
+    are_comparable,
+    cohens_kappa,
+    compared,
+    speaks_of_all,
+    token_distance,
+)
 
 
 def labelled(item: str, author: str, verdict: Verdict, error: Span | None = None) -> Answer:
@@ -54,33 +61,29 @@ def test_a_distance_is_counted_from_the_first_token_of_each_mark() -> None:
     assert token_distance((1, 3), (7, 8), tokens) is None, "no token there"
 
 
-def test_each_pair_of_annotators_is_compared_on_what_both_labelled() -> None:
-    answers = [
-        labelled("a", "bob", "wrong", (8, 9)),
-        labelled("a", "alice", "wrong", (14, 15)),
-        labelled("a", "carol", "correct"),
-        labelled("b", "alice", "correct"),
-        labelled("b", "bob", "correct"),
-        labelled("c", "alice", "correct"),
-        labelled("d", "bob", "unplaced"),
-        labelled("d", "alice", "wrong", (0, 1)),
+def test_two_annotators_are_compared_on_what_both_labelled() -> None:
+    pairs = [
+        (labelled("a", "alice", "wrong", (14, 15)), labelled("a", "bob", "wrong", (8, 9))),
+        (labelled("b", "alice", "correct"), labelled("b", "bob", "correct")),
+        (labelled("d", "alice", "wrong", (0, 1)), labelled("d", "bob", "unplaced")),
     ]
-    found = {(one.first, one.second): one for one in agreements(answers, cut)}
-    assert list(found) == [("alice", "bob"), ("alice", "carol"), ("bob", "carol")]
-    pair = found["alice", "bob"]
-    assert [one.item_id for one in pair.comparisons] == ["a", "b", "d"]
+    assert all(are_comparable(first, second) for first, second in pairs)
+    pair = Agreement("alice", "bob", tuple(compared(first, second, cut) for first, second in pairs))
+    assert [each.item_id for each in pair.comparisons] == ["a", "b", "d"]
     assert pair.observed() == 1, "wrong without a place is wrong all the same"
     assert pair.kappa() == 1
     # 1 | + | 1 | = | 3 | , | so | 3: from the fifth word to the eighth
     assert pair.distances() == (3,)
-    assert found["alice", "carol"].observed() == 0
+    other = compared(labelled("a", "alice", "wrong", (14, 15)), labelled("a", "carol", "correct"), cut)
+    assert Agreement("alice", "carol", (other,)).observed() == 0
 
 
 def test_a_label_on_a_part_of_the_answer_is_not_compared() -> None:
     whole = labelled("a", "alice", "correct")
     assert whole.label is not None
     part = replace(whole, label=replace(whole.label, labelled_by="bob", checked=(0, 5)))
-    assert agreements([whole, part], cut) == []
+    assert not are_comparable(whole, part)
+    assert are_comparable(whole, replace(whole, label=replace(whole.label, labelled_by="bob")))
     assert speaks_of_all(replace(whole, label=replace(whole.label, checked=(0, 15))))
     assert not speaks_of_all(replace(whole, label=None))
 

@@ -28,6 +28,7 @@ def in_shards(make_cache: MakeCache, tmp_path_factory: pytest.TempPathFactory) -
             hidden={PRE_NORM: torch.cat([sample.hidden[PRE_NORM] for sample in own])},
             greedy_ids=None,
         )
-        manifest = manifest.with_shard(write_shard(folder / f"shard-{number:05d}.safetensors", content))
+        record = write_shard(folder / f"shard-{number:05d}.safetensors", content)
+        manifest = manifest.with_shards((*manifest.shards, record))
     manifest.save(folder)
     return folder
