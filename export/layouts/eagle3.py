@@ -44,8 +44,8 @@ from draftsmith.models.target.target import PRE_NORM
 
 WHAT, MASK, HEAD = "EAGLE-3", "mask_hidden", "lm_head.weight"
 LLAMA, QWEN3 = "llama", "qwen3"
+# Of a P-EAGLE too: vLLM puts "Eagle3" before names that neither begin nor end with it, and knows no class called so.
 _ARCHITECTURES = {LLAMA: "LlamaForCausalLMEagle3", QWEN3: "Eagle3Qwen3ForCausalLM"}
-_PARALLEL_ARCHITECTURES = {LLAMA: "PeagleLlamaForCausalLM", QWEN3: "PeagleQwen3ForCausalLM"}
 _HEAD_NORM = ".self_attn.q_norm.weight"
 LAYER, OTHER_LAYER = "midlayer", "layers.0"
 
@@ -88,7 +88,7 @@ def _write_common(drafter: Eagle3, folder: Path, ends: TargetEnds | None) -> tup
     config, notes = drafter.config, list[str]()
     tensors = with_membership(tensors_of(drafter), config.vocab_size)
     if config.own_embedding:
-        notes.append("Its embedding is its own (`embed_tokens`). vLLM reads it; no engine was tried with one.")
+        notes.append("Its embedding is its own (`embed_tokens`). vLLM 0.32 decodes with it.")
     elif ends is not None and not is_plain(ends):
         tensors[EMBEDDING] = embedding_rows(ends).to(drafter.dtype)
         notes.append(
@@ -100,7 +100,7 @@ def _write_common(drafter: Eagle3, folder: Path, ends: TargetEnds | None) -> tup
             "Its residual is the normalised state (`norm_before_residual`). vLLM computes that; SGLang and the official code do not."
         )
     if config.attention_bias:
-        notes.append("Its attention has biases. SGLang's EAGLE-3 has none, and no engine was tried with them.")
+        notes.append("Its attention has biases. SGLang's EAGLE-3 has none, and vLLM 0.32 decodes with them.")
     if config.head_norms:
         notes.append(
             "Its attention is Qwen3's, with norms of its heads. vLLM has a class for it; SGLang's EAGLE-3 is Llama's, and no engine was "
@@ -108,10 +108,10 @@ def _write_common(drafter: Eagle3, folder: Path, ends: TargetEnds | None) -> tup
         )
     if config.num_draft_layers > 1:
         notes.append(
-            f"It has {config.num_draft_layers} layers. SGLang's EAGLE-3 has one, and no engine was tried with several."
+            f"It has {config.num_draft_layers} layers. vLLM 0.32 decodes with several; SGLang's EAGLE-3 has one."
         )
     if PRE_NORM in config.layers:
-        notes.append("It reads the last block's output, which vLLM captures; no other engine was tried with it.")
+        notes.append("It reads the last block's output. vLLM 0.32 decodes with it; no other engine was tried.")
     _write(drafter, folder, ends, tensors)
     return tuple(notes)
 
@@ -156,8 +156,7 @@ def refuse_parallel(config: Eagle3Config) -> None:
 def _write(drafter: Eagle3, folder: Path, ends: TargetEnds | None, tensors: dict[str, Tensor]) -> None:
     config = drafter.config
     layers = decoder_fields(config, drafter.dtype, ends)
-    architectures = _PARALLEL_ARCHITECTURES if config.parallel else _ARCHITECTURES
-    fields = {"architectures": [architectures[layers["model_type"]]], **layers}
+    fields = {"architectures": [_ARCHITECTURES[layers["model_type"]]], **layers}
     fields["draft_vocab_size"] = len(tensors[HEAD])
     fields |= {name: True for name, value in config.switches.items() if value}
     if config.parallel:

@@ -236,8 +236,8 @@ def engine_notes(config: BlockConfig) -> list[str]:
         )
     if config.sliding_layers:
         notes.append(
-            f"Its layers {config.sliding_layers} have a sliding window of {config.sliding_window}. No engine was tried with that. In the "
-            "speculators package the window of all slots begins so many tokens before the root."
+            f"Its layers {config.sliding_layers} have a sliding window of {config.sliding_window}. vLLM 0.32 drafted nearly the same. "
+            "In the speculators package the window of all slots begins so many tokens before the root."
         )
     return notes
 

@@ -86,7 +86,10 @@ def write(drafter: HeadsDrafter, folder: Path, ends: TargetEnds | None) -> tuple
     if own.d2t is not None:
         fields["truncated_vocab_size"] = len(own.d2t)
         outside[_TOKENS] = target_ids(tensors["d2t"])
-        notes.append("Its draft vocabulary is vLLM's `token_map`, which the official code does not know.")
+        notes.append(
+            "Its draft vocabulary is vLLM's `token_map`. vLLM 0.32 stops with an error at it, and the official code does not know it: to "
+            "serve these heads, train them with draft_vocab_size null."
+        )
     write_files(folder, as_text(fields), outside)
     refuse_difference(own, read(read_fields(folder), read_tensors(folder), ends, str(folder)), folder)
     return tuple(notes)

@@ -122,6 +122,13 @@ def test_a_medusa_from_the_files_alone_has_our_logits(
     assert torch.equal(again.draft_ids(), drafter.draft_ids())
 
 
+def test_a_medusas_card_says_that_vllm_stops_at_a_draft_vocabulary(target: Target, tmp_path: Path) -> None:
+    for number, ids in enumerate((None, DRAFT_IDS)):
+        (tmp_path / str(number)).mkdir()
+        notes = write(made(target, ids, head="per_step"), tmp_path / str(number), "medusa", target.ends)
+        assert any("vLLM 0.32 stops with an error" in note for note in notes) == (ids is not None)
+
+
 @pytest.mark.parametrize("name", MLP)
 def test_an_mlp_speculator_from_the_files_alone_has_our_logits(target: Target, tmp_path: Path, name: str) -> None:
     drafter = made(target, None, 1 if name == "one step" else STEPS, network="mlp", **MLP[name])

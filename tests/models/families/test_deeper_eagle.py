@@ -26,8 +26,8 @@ STEPS, LAYERS, MASK = 3, 3, 63
 ARCHITECTURES = {
     ("eagle3", False): "LlamaForCausalLMEagle3",
     ("eagle3", True): "Eagle3Qwen3ForCausalLM",
-    ("peagle", False): "PeagleLlamaForCausalLM",
-    ("peagle", True): "PeagleQwen3ForCausalLM",
+    ("peagle", False): "LlamaForCausalLMEagle3",
+    ("peagle", True): "Eagle3Qwen3ForCausalLM",
 }
 LLAMA_OR_QWEN3 = pytest.mark.parametrize("head_norms", [False, True], ids=["Llama's layers", "Qwen3's layers"])
 KINDS = pytest.mark.parametrize("mask_token_id", [None, MASK], ids=["step by step", "in parallel"])
@@ -144,7 +144,7 @@ def test_a_folder_for_engines_comes_back_with_all_layers(
     names = load_file(tmp_path / "model.safetensors").keys()
     assert {name.split(".")[1] for name in names if name.startswith("layers.")} == {"0", "1", "2"}
     assert not [name for name in names if name.startswith("midlayer.")]
-    assert any("no engine was tried with several" in note for note in notes) == (layout != "speculators")
+    assert any("vLLM 0.32 decodes with several" in note for note in notes) == (layout != "speculators")
     del layer["num_hidden_layers"]  # as the speculators package leaves out what equals a default
     (tmp_path / "config.json").write_text(json.dumps(fields))
     again = load_any(tmp_path, target.ends)

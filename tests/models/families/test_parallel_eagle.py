@@ -131,7 +131,7 @@ def test_a_folder_for_engines_comes_back_and_names_its_mask(target: Target, tmp_
     fields = json.loads((tmp_path / "config.json").read_text())
     assert (fields["mask_token_id"], fields["norm_before_residual"]) == (MASK, False)
     kind = fields.get("speculators_model_type", fields["architectures"][0])
-    assert kind == {"peagle": "PeagleLlamaForCausalLM", "speculators": "peagle"}[layout]
+    assert kind == {"peagle": "LlamaForCausalLMEagle3", "speculators": "peagle"}[layout]
     assert load_file(tmp_path / "model.safetensors")["mask_hidden"].shape == (1, 1, 3 * 32)
     again = load_any(tmp_path, target.ends)
     assert isinstance(again, Eagle3)
