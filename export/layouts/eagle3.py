@@ -87,8 +87,9 @@ def write_parallel(drafter: Eagle3, folder: Path, ends: TargetEnds | None) -> tu
 def _write_common(drafter: Eagle3, folder: Path, ends: TargetEnds | None) -> tuple[str, ...]:
     config, notes = drafter.config, list[str]()
     tensors = with_membership(tensors_of(drafter), config.vocab_size)
+    seen = "" if config.head_norms else " vLLM 0.32 decodes with it."
     if config.own_embedding:
-        notes.append("Its embedding is its own (`embed_tokens`). vLLM 0.32 decodes with it.")
+        notes.append(f"Its embedding is its own (`embed_tokens`).{seen}")
     elif ends is not None and not is_plain(ends):
         tensors[EMBEDDING] = embedding_rows(ends).to(drafter.dtype)
         notes.append(
@@ -99,21 +100,34 @@ def _write_common(drafter: Eagle3, folder: Path, ends: TargetEnds | None) -> tup
         notes.append(
             "Its residual is the normalised state (`norm_before_residual`). vLLM computes that; SGLang and the official code do not."
         )
-    if config.attention_bias:
-        notes.append("Its attention has biases. SGLang's EAGLE-3 has none, and vLLM 0.32 decodes with them.")
-    if config.head_norms:
-        notes.append(
-            "Its attention is Qwen3's, with norms of its heads. vLLM has a class for it; SGLang's EAGLE-3 is Llama's, and no engine was "
-            "tried with it."
-        )
+    notes += attention_notes(config)
     if config.num_draft_layers > 1:
-        notes.append(
-            f"It has {config.num_draft_layers} layers. vLLM 0.32 decodes with several; SGLang's EAGLE-3 has one."
-        )
+        notes.append(f"It has {config.num_draft_layers} layers. SGLang's EAGLE-3 has one.{seen}")
     if PRE_NORM in config.layers:
-        notes.append("It reads the last block's output. vLLM 0.32 decodes with it; no other engine was tried.")
+        notes.append(f"It reads the last block's output. SGLang and TensorRT-LLM were not tried with that.{seen}")
     _write(drafter, folder, ends, tensors)
     return tuple(notes)
+
+
+def attention_notes(config: Eagle3Config) -> list[str]:
+    """What a user must know of engines where the layers' attention has more than Llama's.
+
+    Args:
+        config: of the drafter.
+    """
+    if config.head_norms and config.attention_bias:
+        return [
+            "Its attention is Qwen3's, with norms of its heads and biases. vLLM's class for it has no bias of `o_proj`, and no engine was "
+            "tried with it."
+        ]
+    if config.head_norms:
+        return [
+            "Its attention is Qwen3's, with norms of its heads. vLLM has a class for it; SGLang's EAGLE-3 is Llama's, and no engine was "
+            "tried with it."
+        ]
+    if config.attention_bias:
+        return ["Its attention has biases. SGLang's EAGLE-3 has none, and vLLM 0.32 decodes with them."]
+    return []
 
 
 def write_tensorrt(drafter: Eagle3, folder: Path, ends: TargetEnds | None) -> tuple[str, ...]:

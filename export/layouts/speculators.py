@@ -58,7 +58,7 @@ def write(drafter: Eagle3, folder: Path, ends: TargetEnds | None) -> tuple[str, 
         folder, as_text(_fields(drafter, ends)), {eagle3.renamed(name): tensor for name, tensor in tensors.items()}
     )
     refuse_difference(drafter, read(read_fields(folder), read_tensors(folder), ends, str(folder)), folder)
-    return path_note(ends)
+    return *path_note(ends), *eagle3.attention_notes(drafter.config)
 
 
 def _fields(drafter: Eagle3, ends: TargetEnds) -> dict[str, Any]:

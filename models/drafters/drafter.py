@@ -316,7 +316,7 @@ class Drafter(DraftHead):
         if self.loaded_from is None:
             return None
         known = target.fingerprint or self.config.target_fingerprint
-        return fitting_shapes(self.loaded_from, target.device.type, known, self.drafts_from())
+        return fitting_shapes(self.loaded_from, target.device.type, known, self.drafts_from)
 
     def drafts_from(self) -> str:
         """A fingerprint of what a drafter without weights drafts from, as its folder names it; empty for any other drafter."""

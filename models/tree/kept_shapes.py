@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,7 @@ def read_kept_shapes(folder: Path) -> KeptShapes | None:
 
 
 def fitting_shapes(
-    folder: Path, device: str, target_fingerprint: str, drafter_fingerprint: str = ""
+    folder: Path, device: str, target_fingerprint: str, drafter_fingerprint: Callable[[], str] = str
 ) -> ShapesByRows | None:
     """The shapes to draft by, where nobody asks for others. A log line says which; a warning says why a file is not used.
 
@@ -151,7 +152,8 @@ def fitting_shapes(
         folder: of the drafter.
         device: kind of device where the target runs.
         target_fingerprint: of its weights; empty where unknown.
-        drafter_fingerprint: of what a drafter without weights drafts from; empty for any other drafter.
+        drafter_fingerprint: gives that of what a drafter without weights drafts from, empty for any other drafter. It is asked where
+            there are shapes.
 
     Returns:
         The shapes; None where tune kept none there, or they do not fit.
@@ -162,7 +164,7 @@ def fitting_shapes(
     kept = read_kept_shapes(folder)
     if kept is None:
         return None
-    reason = kept.misfit(device, target_fingerprint, drafter_fingerprint)
+    reason = kept.misfit(device, target_fingerprint, drafter_fingerprint())
     if reason:
         warnings.warn(
             f"{folder / SHAPES_FILE} is not used: {reason}; run `draftsmith tune` here, or give a shape", stacklevel=3

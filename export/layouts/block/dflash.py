@@ -235,8 +235,14 @@ def engine_notes(config: BlockConfig) -> list[str]:
             "vLLM reads its draft vocabulary. SGLang drops the head of a DSpark and scores the whole vocabulary."
         )
     if config.sliding_layers:
+        if len(config.sliding_layers) < config.num_draft_layers:
+            seen = "Other layers have none: vLLM reads such a mixture only with its second model runner, and it was not tried."
+        elif config.causal or config.sliding_causal:
+            seen = "Its mask is causal, too. No engine was tried with that."
+        else:
+            seen = "vLLM 0.32 drafted nearly the same."
         notes.append(
-            f"Its layers {config.sliding_layers} have a sliding window of {config.sliding_window}. vLLM 0.32 drafted nearly the same. "
+            f"Its layers {config.sliding_layers} have a sliding window of {config.sliding_window}. {seen} "
             "In the speculators package the window of all slots begins so many tokens before the root."
         )
     return notes

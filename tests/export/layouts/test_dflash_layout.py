@@ -358,10 +358,20 @@ def test_a_correction_beside_other_logits_is_refused(target: Target, tmp_path: P
                 assert isinstance(load_any(folder, target.ends), BlockDrafter)
 
 
+def test_the_card_says_that_few_engines_mix_windows_and_none(target: Target, tmp_path: Path) -> None:
+    notes = write(made(target, sliding_window=5, sliding_layers=[1]), tmp_path, "dflash", target.ends)
+    assert "only with its second model runner" in notes[-1]
+
+
 def test_windows_of_the_speculators_package_are_causal_by_default(target: Target, tmp_path: Path) -> None:
-    for chosen, non_causal in (({"sliding_causal": True}, False), ({"causal": True}, False), ({}, True)):
+    for chosen, non_causal, seen in (
+        ({"sliding_causal": True}, False, "No engine was tried"),
+        ({"causal": True}, False, "No engine was tried"),
+        ({}, True, "vLLM 0.32 drafted nearly the same"),
+    ):
         notes = write(made(target, **WINDOWS, **chosen), tmp_path, "speculators", target.ends)
         assert "layers [0, 1] have a sliding window of 5" in notes[-1]
+        assert seen in notes[-1]
         fields = json.loads((tmp_path / "config.json").read_text())
         assert fields["sliding_window_non_causal"] is non_causal
         assert fields["transformer_layer_config"]["layer_types"] == ["sliding_attention"] * 2

@@ -140,11 +140,14 @@ def test_a_folder_for_engines_comes_back_with_all_layers(
     assert (layer["num_hidden_layers"], layer["model_type"]) == (LAYERS, "qwen3" if head_norms else "llama")
     if layout != "speculators":
         assert fields["architectures"] == [ARCHITECTURES[layout, head_norms]]
-    assert any("attention is Qwen3's" in note for note in notes) == (head_norms and layout != "speculators")
+    assert any("attention is Qwen3's" in note for note in notes) == head_norms
     names = load_file(tmp_path / "model.safetensors").keys()
     assert {name.split(".")[1] for name in names if name.startswith("layers.")} == {"0", "1", "2"}
     assert not [name for name in names if name.startswith("midlayer.")]
-    assert any("vLLM 0.32 decodes with several" in note for note in notes) == (layout != "speculators")
+    several = "It has 3 layers. SGLang's EAGLE-3 has one."
+    assert [note for note in notes if several in note] == (
+        [] if layout == "speculators" else [several + ("" if head_norms else " vLLM 0.32 decodes with it.")]
+    )
     del layer["num_hidden_layers"]  # as the speculators package leaves out what equals a default
     (tmp_path / "config.json").write_text(json.dumps(fields))
     again = load_any(tmp_path, target.ends)
@@ -319,3 +322,10 @@ def test_layers_read_a_prompt_over_the_slots_that_it_has_filled(
     engine = Engine(target, drafter, DraftLimits(1, STEPS), prefill_chunk=4)
     engine.generate([prompt], GenerationSettings(max_new_tokens=4))
     assert seen[: 3 * (LAYERS - 1)] == [4, 4, 8, 8, 10, 10]
+
+
+def test_the_card_claims_no_engine_for_norms_of_heads_beside_biases(target: Target, tmp_path: Path) -> None:
+    drafter = made(target, None, head_norms=True, attention_bias=True)
+    notes = " ".join(write(drafter, tmp_path, "eagle3", target.ends))
+    assert "no bias of `o_proj`" in notes
+    assert "decodes with" not in notes
