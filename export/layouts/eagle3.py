@@ -104,7 +104,8 @@ def _write_common(drafter: Eagle3, folder: Path, ends: TargetEnds | None) -> tup
     if config.num_draft_layers > 1:
         notes.append(f"It has {config.num_draft_layers} layers. SGLang's EAGLE-3 has one.{seen}")
     if PRE_NORM in config.layers:
-        notes.append(f"It reads the last block's output. SGLang and TensorRT-LLM were not tried with that.{seen}")
+        tried = "no engine was tried" if config.head_norms else "vLLM 0.32 decodes with it; no other engine was tried"
+        notes.append(f"It reads the last block's output; {tried}.")
     _write(drafter, folder, ends, tensors)
     return tuple(notes)
 
