@@ -25,8 +25,8 @@ from draftsmith.data.chats.messages import (
     read_turns,
 )
 from draftsmith.data.chats.pairs import turns_of_pairs
-from draftsmith.data.chats.responses_api import flat_responses, is_responses
-from draftsmith.data.chats.tool_calls import without_fillers
+from draftsmith.data.chats.responses_api import flat_responses, is_responses, parameters_of_items
+from draftsmith.data.chats.tool_calls import says_nothing, without_fillers
 from draftsmith.json_rows import UnusableRow
 
 __all__ = ["Conversation", "Format", "Message", "UnusableRow", "detect_format", "row_id", "to_conversation"]
@@ -122,8 +122,9 @@ def detect_format(row: Mapping[str, Any]) -> Format:
         return "openai"
     if is_gemini(row):
         return "gemini"
-    if is_responses(row):
-        return "responses"
+    has_items = is_responses(row)
+    if has_items:
+        fields -= parameters_of_items(row)
     if fields & {"conversations", "conversation"}:
         return "sharegpt"
     if "instruction" in fields:
@@ -135,7 +136,7 @@ def detect_format(row: Mapping[str, Any]) -> Format:
             return _SINGLE_FIELD[name]
     if {"question", "response"} <= fields or _is_list(row.get("chosen")):
         return "prompt"
-    if all(isinstance(row.get(name), str) for name in ("input", "output")):
+    if has_items or all(isinstance(row.get(name), str) for name in ("input", "output")):
         return "responses"
     if "chosen" in fields:
         raise UnusableRow(
@@ -315,7 +316,7 @@ def _sharegpt(row: Mapping[str, Any]) -> Conversation:
     given = row.get("conversations")
     turns = read_turns(turns_of_pairs(row.get("conversation") if given is None else given))
     chosen = row.get("chosen")
-    is_unanswered = turns[-1]["role"] != "assistant" and isinstance(chosen, Mapping)
+    is_unanswered = turns[-1]["role"] != "assistant" and isinstance(chosen, Mapping) and not says_nothing(chosen)
     return _conversation([*turns, *read_turns([chosen])] if is_unanswered else turns)
 
 

@@ -124,6 +124,12 @@ def unwanted(row: Mapping[str, Any]) -> str | None:
     Returns:
         The reason; None where there is none.
     """
-    is_trl = row.get("completion") is not None and row.get("label") is False
-    name = "label" if is_trl else "kto_tag" if row.get("kto_tag") is False else None
+    is_trl = row.get("completion") is not None and _is_false(row.get("label"))
+    name = "label" if is_trl else "kto_tag" if _is_false(row.get("kto_tag")) else None
     return None if name is None else f"the answer is one that people did not want ({name} false)"
+
+
+def _is_false(value: Any) -> bool:
+    """Whether a mark is false; tables of texts write it as a word or a number."""
+    is_number = isinstance(value, int | float) and value == 0
+    return is_number or (isinstance(value, str) and value.strip().lower() in ("false", "0"))

@@ -28,8 +28,12 @@ _SNAKE = {
 _PARTS = ("functionCall", "functionResponse", "inlineData", "fileData")
 _CODE = ("executableCode", "executable_code", "codeExecutionResult", "code_execution_result")
 _MEDIA = ("image", "audio", "video")
+# Why a reply that is whole ended; the number is that of an older client.
+_WHOLE = (None, "STOP", 1)
 _TYPE_NAMES = ("STRING", "NUMBER", "INTEGER", "BOOLEAN", "ARRAY", "OBJECT", "NULL")
-GEMINI_FIELDS = ("contents", "candidates", "systemInstruction", "system_instruction", "config")
+GEMINI_ANSWER = ("candidates",)
+"""The field of a response that a conversation is made of."""
+GEMINI_FIELDS = ("contents", *GEMINI_ANSWER, "systemInstruction", "system_instruction", "config")
 """The fields of a request and its response that a conversation is made of, beside `tools`."""
 
 
@@ -81,7 +85,7 @@ def flat_gemini(row: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
         answer = candidates[0].get("content")
         contents.append({"role": "model", **answer} if isinstance(answer, Mapping) else {"role": "model"})
         finish = _field(candidates[0], "finishReason")
-        flaw = None if finish in (None, "STOP") else f"the reply was cut (finishReason {finish!r:.80})"
+        flaw = None if finish in _WHOLE else f"the reply was cut (finishReason {finish!r:.80})"
     turns = [
         {"role": content.get("role") or "user", "content": _blocks(content.get("parts"), f"turn {number}")}
         for number, content in enumerate(contents)

@@ -6,9 +6,15 @@ Owns: where such a row keeps its turns, and which replies are whole. Does not kn
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from draftsmith.data.chats.gemini import GEMINI_FIELDS, flat_gemini, has_candidates, is_gemini
+from draftsmith.data.chats.gemini import GEMINI_ANSWER, GEMINI_FIELDS, flat_gemini, has_candidates, is_gemini
 from draftsmith.data.chats.messages import listed, objects
-from draftsmith.data.chats.responses_api import RESPONSES_FIELDS, flat_responses, has_items, is_responses
+from draftsmith.data.chats.responses_api import (
+    RESPONSES_ANSWER,
+    RESPONSES_FIELDS,
+    flat_responses,
+    has_items,
+    is_responses,
+)
 from draftsmith.data.chats.tool_calls import TOOL_FIELDS, says_nothing
 from draftsmith.json_rows import UnusableRow, parse_object
 
@@ -18,17 +24,19 @@ _KEPT = ("messages", "system", "chat_template_kwargs", *TOOL_FIELDS)
 
 
 class _Dialect(NamedTuple):
-    """An API whose requests hold no `messages`: what tells its rows and answers, what makes them a conversation, and its fields."""
+    """An API whose requests hold no `messages`: what tells its rows and answers, what makes them a conversation, and the fields that it
+    has, in all and in a response."""
 
     is_own: Callable[[Mapping[str, Any]], bool]
     is_answer: Callable[[Mapping[str, Any]], bool]
     flatten: Callable[[Mapping[str, Any]], tuple[dict[str, Any], str | None]]
     fields: tuple[str, ...]
+    answer: tuple[str, ...]
 
 
 _DIALECTS = (
-    _Dialect(is_responses, has_items, flat_responses, RESPONSES_FIELDS),
-    _Dialect(is_gemini, has_candidates, flat_gemini, GEMINI_FIELDS),
+    _Dialect(is_responses, has_items, flat_responses, RESPONSES_FIELDS, RESPONSES_ANSWER),
+    _Dialect(is_gemini, has_candidates, flat_gemini, GEMINI_FIELDS, GEMINI_ANSWER),
 )
 # Why a server ended a reply that is whole: OpenAI's words, Anthropic's and those of Text Generation Inference.
 _WHOLE = (
@@ -70,6 +78,7 @@ def flat_log(row: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
     flat = {name: value for name, value in row.items() if name not in (*_REQUEST_FIELDS, *_RESPONSE_FIELDS, "choices")}
     for request in _requests(row):
         flat |= {name: request[name] for name in _KEPT if request.get(name) is not None}
+    flaw = None
     if flat.get("messages") is None:
         flat, flaw, is_answered = _of_other_api(flat, row)
         if is_answered:
@@ -81,19 +90,23 @@ def flat_log(row: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
         )
     choice = _choice(row)
     if choice is None:
-        return flat, None
+        return flat, flaw
     turns = listed(flat["messages"], "the list of turns")
     if not isinstance(turns, list | tuple):
         raise UnusableRow("the messages of the request are not a list")
     flat["messages"] = [*turns, choice.get("message")]
     finish = choice.get("finish_reason")
-    return flat, None if finish in _WHOLE else f"the reply was cut (finish_reason {finish!r:.80})"
+    return flat, flaw if finish in _WHOLE else f"the reply was cut (finish_reason {finish!r:.80})"
 
 
 def _of_other_api(flat: dict[str, Any], row: Mapping[str, Any]) -> tuple[dict[str, Any], str | None, bool]:
     """The fields of a conversation where the request is another API's than OpenAI's first; what it has of an answer; whether it has one."""
     for dialect in _DIALECTS:
         own = dict(flat)
+        # Beside a whole request, the log's own fields are none of the API's, such as the name of a conversation.
+        if any(dialect.is_own(request) for request in _requests(row)):
+            answer = () if _responses(row) else dialect.answer
+            own = {name: value for name, value in flat.items() if name in answer or name not in dialect.fields}
         for inner in (*_responses(row), *_requests(row)):
             own |= {name: inner[name] for name in (*dialect.fields, *_KEPT) if inner.get(name) is not None}
         if dialect.is_own(own):

@@ -11,6 +11,7 @@ from typing import Any, NotRequired, TypedDict
 
 from draftsmith.data.chats.blocks import THOUGHT_TYPE, spread, thought_text
 from draftsmith.data.chats.tool_calls import (
+    CALL_FIELDS,
     TOOL_FIELDS,
     call_of_text,
     parsed_list,
@@ -54,6 +55,10 @@ _THOUGHT_FIELDS = ("reasoning_content", "thinking", "reasoning")
 _UNREAD_FIELDS = ("audio", "audios", "images", "image", "video", "videos")
 # Thoughts of servers in a form that only repeats one of the fields above.
 _THOUGHT_COPIES, _COPY_TEXTS = ("reasoning_details", "thinking_blocks"), ("text", "summary", "thinking")
+_BESIDE_CONTENT = (
+    *("weight", "train", "loss", "channel"),
+    *(*CALL_FIELDS, *_THOUGHT_FIELDS, *_THOUGHT_COPIES, *_UNREAD_FIELDS),
+)
 # Channels of Harmony (gpt-oss) that hold no final words; other software has channels of other meanings.
 _HIDDEN_CHANNELS = ("analysis", "commentary")
 _TEXT_TYPES = ("text", "input_text", "output_text")
@@ -154,6 +159,31 @@ def read_turns(value: Any) -> list[Message]:
             else:
                 turns.append(message)
     return turns
+
+
+def fields_beside(turn: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields beside the content of an assistant's turn that change what is learned of it, as `read_turns` reads them.
+
+    Args:
+        turn: of a row.
+
+    Returns:
+        Those that say something; a `loss` that was measured does not.
+    """
+    given = {name: turn[name] for name in _BESIDE_CONTENT if not says_nothing(turn.get(name))}
+    return {name: value for name, value in given.items() if name != "loss" or not _is_measured(value)}
+
+
+def is_role(value: Any) -> bool:
+    """Whether a value names who speaks.
+
+    Args:
+        value: of a turn's role.
+
+    Returns:
+        True where it is a known role.
+    """
+    return _role(value) is not None
 
 
 def _continues(turn: Mapping[str, Any], message: Message, before: Message) -> bool:

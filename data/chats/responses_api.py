@@ -6,16 +6,20 @@ Owns: what an item means, which items make one reply, and which replies are whol
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from draftsmith.data.chats.messages import listed, objects
-from draftsmith.data.chats.tool_calls import says_nothing
+from draftsmith.data.chats.messages import fields_beside, is_role, listed, objects
+from draftsmith.data.chats.tool_calls import CALL_FIELDS, says_nothing
 from draftsmith.json_rows import UnusableRow
 
 _MESSAGE, _CALL, _RESULT, _THOUGHT = "message", "function_call", "function_call_output", "reasoning"
 _TYPES = (_MESSAGE, _CALL, _RESULT, _THOUGHT)
 _EARLIER = ("previous_response_id", "conversation")
 _ENDS = ("status", "incomplete_details")
-RESPONSES_FIELDS = ("input", "output", "output_text", "instructions", *_EARLIER, *_ENDS)
+RESPONSES_ANSWER = ("output", "output_text", *_ENDS)
+"""The fields of a response that a conversation is made of."""
+RESPONSES_FIELDS = ("input", "instructions", *_EARLIER, *RESPONSES_ANSWER)
 """The fields of a request and its response that a conversation is made of."""
+# What a response that is not whole has in `status`; rows of texts may have a status of their own, which says less.
+_NOT_WHOLE, _CUT = ("incomplete", "failed", "cancelled", "in_progress", "queued"), ("incomplete", "failed")
 
 
 def is_responses(row: Mapping[str, Any]) -> bool:
@@ -41,6 +45,19 @@ def has_items(response: Mapping[str, Any]) -> bool:
         True where it does.
     """
     return _are_items(response.get("output"))
+
+
+def parameters_of_items(row: Mapping[str, Any]) -> set[str]:
+    """Name the fields of a row with items that only set something in the request, though they have the names of older formats.
+
+    Args:
+        row: of a data set.
+
+    Returns:
+        The names: `text` and `prompt` where they are objects, and a `conversation` that is no list.
+    """
+    names = {name for name in ("text", "prompt") if isinstance(row.get(name), Mapping)}
+    return names if objects(row.get("conversation")) else names | {"conversation"}
 
 
 def flat_responses(row: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
@@ -72,18 +89,28 @@ def flat_responses(row: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
 
 
 def _are_items(value: Any) -> bool:
-    items = objects(value)
-    is_known = [item.get("role") is not None or item.get("type") in _TYPES for item in items]
+    """Whether a value is a list of items. JSON text may be an answer, such as a list of people with their roles."""
+    items, is_text = objects(value), isinstance(value, str)
+    is_known = [_is_item(item, is_text=is_text) for item in items]
+    others = ("type",) if is_text else ("type", "role")
     return any(is_known) and all(
-        known or isinstance(item.get("type"), str) for known, item in zip(is_known, items, strict=True)
+        known or any(isinstance(item.get(name), str) for name in others)
+        for known, item in zip(is_known, items, strict=True)
     )
+
+
+def _is_item(item: Mapping[str, Any], *, is_text: bool) -> bool:
+    """Whether an object is an item of a known type; a message in JSON text has its content too."""
+    kind = item.get("type")
+    is_message = kind in (None, _MESSAGE) and is_role(item.get("role")) and ("content" in item or not is_text)
+    return is_message or (kind in _TYPES and (kind != _MESSAGE or not is_text))
 
 
 def _items(value: Any, role: str, name: str) -> Sequence[Any]:
     """The items of a field; a text is a message of `role`."""
     if value is None:
         return []
-    value = listed(value, name) if objects(value) else value
+    value = listed(value, name) if _are_items(value) else value
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     if not isinstance(value, list | tuple):
@@ -94,21 +121,40 @@ def _items(value: Any, role: str, name: str) -> Sequence[Any]:
 def _turns(items: Sequence[Any]) -> Iterator[dict[str, Any]]:
     """The turns of all items; those of one reply are its blocks."""
     reply: list[Any] = []
+    beside: dict[str, Any] = {}
     for number, item in enumerate(items):
         kind = _kind(item, number)
         blocks = _blocks(item, kind, f"item {number}")
-        begins_anew = kind == _MESSAGE and any(block.get("type") in ("text", "output_text") for block in reply)
-        if reply and (blocks is None or begins_anew):
-            yield {"role": "assistant", "content": reply}
-            reply = []
+        has_words = any(block.get("type") in ("text", "output_text") for block in reply)
+        begins_anew = kind == _MESSAGE and (has_words or bool(beside.keys() & CALL_FIELDS))
+        if blocks is None or begins_anew:
+            yield from _reply(reply, beside)
+            reply, beside = [], {}
         if blocks is not None:
             reply = [*reply, *blocks]
+            beside = _joined(beside, fields_beside(item), f"item {number}")
         elif kind == _RESULT:
             yield {"role": "tool", "tool_call_id": item.get("call_id"), "content": item.get("output")}
         else:
             yield dict(item)
-    if reply:
-        yield {"role": "assistant", "content": reply}
+    yield from _reply(reply, beside)
+
+
+def _reply(blocks: list[Any], beside: dict[str, Any]) -> list[dict[str, Any]]:
+    """The turn of a reply; none where it says nothing and calls nothing."""
+    return [{**beside, "role": "assistant", "content": blocks}] if blocks or beside.keys() & CALL_FIELDS else []
+
+
+def _joined(earlier: dict[str, Any], later: dict[str, Any], place: str) -> dict[str, Any]:
+    """The fields that the items of one reply have beside their content, such as `weight`.
+
+    Raises:
+        UnusableRow: two items differ.
+    """
+    for name in earlier.keys() & later.keys():
+        if earlier[name] != later[name]:
+            raise UnusableRow(f"{place} has another {name} than an item before it, and both are of one reply")
+    return earlier | later
 
 
 def _kind(item: Any, number: int) -> str:
@@ -133,6 +179,8 @@ def _blocks(item: Mapping[str, Any], kind: str, place: str) -> list[Any] | None:
     if kind == _RESULT or item.get("role") != "assistant":
         return None
     content = item.get("content")
+    if content is None and fields_beside(item).keys() & CALL_FIELDS:
+        return []
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
     if not objects(content):
@@ -158,10 +206,16 @@ def _is_list(value: object) -> bool:
 
 def _cut(row: Mapping[str, Any], items: Sequence[Any]) -> str | None:
     """Why a reply is not whole, by the status of the response and of its items."""
-    response = row if has_items(row) else {}
-    for status in (response.get("status"), *(item.get("status") for item in items)):
-        if status not in (None, "completed"):
-            details = response.get("incomplete_details")
-            reason = details.get("reason") if isinstance(details, Mapping) else None
-            return f"the reply was cut (status {status!r:.80}{'' if reason is None else f', {reason!s:.80}'})"
-    return None
+    details, status = row.get("incomplete_details"), row.get("status")
+    reason = details.get("reason", details) if isinstance(details, Mapping) else details
+    why = [] if says_nothing(reason) else [f"{reason!s:.80}"]
+    if status not in (_NOT_WHOLE if has_items(row) else _CUT):
+        own = [item.get("status") for number, item in enumerate(items) if _is_replys(item, number)]
+        status = next((given for given in own if given not in (None, "completed")), None)
+    why = why if status is None else [f"status {status!r:.80}", *why]
+    return f"the reply was cut ({', '.join(why)})" if why else None
+
+
+def _is_replys(item: Any, number: int) -> bool:
+    """Whether an item is the assistant's."""
+    return _kind(item, number) in (_CALL, _THOUGHT) or item.get("role") == "assistant"

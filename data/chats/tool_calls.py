@@ -12,11 +12,11 @@ from draftsmith.json_rows import UnusableRow, parse_object
 TOOL_FIELDS = ("tools", "functions")
 T = TypeVar("T", bound=Mapping[str, Any])
 # What says nothing, as a value or as JSON text.
-_NONE: tuple[object, ...] = (None, "", "null", "None", "[]", [], ())
+_NONE: tuple[object, ...] = (None, "", "null", "None", "[]", "{}", [], ())
 # OpenAI's name of a call's arguments, and those of Llama, LangChain and Bedrock, which count where it says nothing.
 _ARGUMENT_FIELDS = ("arguments", "parameters", "args", "input")
 _CALL_TYPES = (None, "function", "tool_call")
-_CALL_FIELDS = ("tool_calls", "function_call", "function_calls")
+CALL_FIELDS = ("tool_calls", "function_call", "function_calls")
 # Where null is a value of a schema; elsewhere a table has filled it in.
 _NULLABLE = ("default", "const", "examples")
 
@@ -33,15 +33,17 @@ def read_tools(row: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
         The definitions; none where the row has no tools.
 
     Raises:
-        UnusableRow: both `tools` and `functions`, anything but a list, or an entry without a function's name.
+        UnusableRow: different `tools` and `functions`, anything but a list, or an entry without a function's name.
     """
-    there = [name for name in TOOL_FIELDS if not says_nothing(row.get(name))]
-    if len(there) > 1:
-        raise UnusableRow(f"the row has {there[0]} and {there[1]}; one of them is enough")
-    if not there:
-        return ()
-    entries = _list(row[there[0]], there[0])
-    return tuple(_tool(entry, f"{there[0]}[{number}]") for number, entry in enumerate(entries))
+    given = {name: _tools(row[name], name) for name in TOOL_FIELDS if not says_nothing(row.get(name))}
+    for name, tools in given.items():
+        if tools != next(iter(given.values())):
+            raise UnusableRow(f"the row has {next(iter(given))} and other {name}; one of them is enough")
+    return next(iter(given.values()), ())
+
+
+def _tools(value: Any, name: str) -> tuple[dict[str, Any], ...]:
+    return tuple(_tool(entry, f"{name}[{number}]") for number, entry in enumerate(_list(value, name)))
 
 
 def read_calls(turn: Mapping[str, Any], place: str) -> list[dict[str, Any]]:
@@ -57,16 +59,20 @@ def read_calls(turn: Mapping[str, Any], place: str) -> list[dict[str, Any]]:
         Calls of the form `{"id": ..., "type": "function", "function": {"name": ..., "arguments": {...}}}`; `id` only where there is one.
 
     Raises:
-        UnusableRow: both spellings, or a call that has no name, whose arguments are no object, or that has two different ones.
+        UnusableRow: two spellings that differ, or a call that has no name, whose arguments are no object, or that has two different ones.
     """
-    there = [name for name in _CALL_FIELDS if not says_nothing(turn.get(name))]
-    if len(there) > 1:
-        raise UnusableRow(f"{place} has {there[0]} and {there[1]}; one of them is enough")
-    if not there:
-        return []
-    given = turn[there[0]]
-    calls = [given] if there == ["function_call"] else _list(given, f"{place}: {there[0]}")
-    return [_call(call, f"{place}: {there[0]}[{number}]") for number, call in enumerate(calls)]
+    given = {name: _calls(turn[name], name, place) for name in CALL_FIELDS if not says_nothing(turn.get(name))}
+    functions = {name: [call["function"] for call in calls] for name, calls in given.items()}
+    for name, called in functions.items():
+        if called != next(iter(functions.values())):
+            raise UnusableRow(f"{place} has {next(iter(given))} and other {name}; one of them is enough")
+    # The spelling with ids, where there is one.
+    return max(given.values(), key=lambda calls: sum("id" in call for call in calls), default=[])
+
+
+def _calls(value: Any, name: str, place: str) -> list[dict[str, Any]]:
+    calls = [value] if name == "function_call" else _list(value, f"{place}: {name}")
+    return [_call(call, f"{place}: {name}[{number}]") for number, call in enumerate(calls)]
 
 
 def says_nothing(value: Any) -> bool:

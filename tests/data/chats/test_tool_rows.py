@@ -215,7 +215,10 @@ def test_a_picture_beside_the_words_of_a_tool_is_shown(write_jsonl: WriteRows) -
             r"turn 1: tool_calls\[0\]: the arguments is no JSON",
         ),
         ([ASKED, {"role": "assistant", "tool_calls": [{"name": "w", "arguments": "[1], 2"}]}], "is no JSON"),
-        ([ASKED, {"role": "assistant", "tool_calls": [CALL], "function_call": CALL}], "tool_calls and function_call"),
+        (
+            [ASKED, {"role": "assistant", "tool_calls": [CALL], "function_call": {"name": "w"}}],
+            "tool_calls and other function_call",
+        ),
         ([ASKED, {"role": "assistant", "tool_calls": [CALL | {"type": "custom"}]}], "of the type 'custom'"),
         ([ASKED, {"from": "function_call", "value": "[]"}], "a list without a call"),
         (
@@ -242,7 +245,7 @@ def test_a_broken_tool_conversation_is_dropped_with_its_reason(
     [
         ({"tools": 7}, "tools is int, not a list"),
         ({"tools": [{"type": "function", "function": {}}]}, r"tools\[0\] names no function"),
-        ({"tools": [WEATHER], "functions": [WEATHER]}, "tools and functions"),
+        ({"tools": [WEATHER], "functions": [{"name": "stock"}]}, "tools and other functions"),
         ({"images": ["a.png"]}, "the row has images, and no turn has a part for them"),
         ({"chat_template_kwargs": {"colour": 1}}, "'colour' in chat_template_kwargs, and the chat template"),
         ({"chat_template_kwargs": 7}, "chat_template_kwargs is int"),
