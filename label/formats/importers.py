@@ -19,7 +19,7 @@ from draftsmith.json_rows import Dropped
 from draftsmith.label.formats import calculations, label_studio
 from draftsmith.label.formats.counting import Counting, FirstStep, StepEvidence, counting, num_rows, zero_is_neutral
 from draftsmith.label.formats.detection import Format, detect, fitting_formats
-from draftsmith.label.formats.fields import Contradiction, Row
+from draftsmith.label.formats.fields import Contradiction, Row, is_absent
 from draftsmith.label.formats.meaning import Meaning, settled
 from draftsmith.label.formats.prm800k import is_published, read_prm800k
 from draftsmith.label.formats.repeats import Repeats
@@ -40,7 +40,7 @@ from draftsmith.label.formats.step_labels import (
     shepherd_steps,
     turned_steps,
 )
-from draftsmith.label.formats.step_sets import LAYOUTS, read_step_set
+from draftsmith.label.formats.step_sets import LAYOUTS, StepLayout, read_step_set
 from draftsmith.label.schema import Answer, Span, check_answer, from_row, is_keepable
 from draftsmith.label.store.label_source import LabelSource, SkippedRow
 
@@ -297,14 +297,8 @@ def _reader(
 ) -> tuple[list[str], Reader]:
     """What holds for all rows of a file, in words, and the reader that keeps to it."""
     if row_format in LAYOUTS:
-        layout, evidence = LAYOUTS[row_format], StepEvidence()
-        has_signature = is_less_known = False
-        for row in rows:
-            has_signature = has_signature or layout.is_signed(row)
-            is_less_known = is_less_known or layout.is_less_known(row)
-            number = layout.seen(row)
-            if number is not None:
-                evidence.add(number)
+        layout = replace(LAYOUTS[row_format], is_said=first_step != "auto")
+        layout, evidence, has_signature, is_less_known = _step_evidence(layout, rows)
         need = 2 if has_signature else layout.need
         counted = known or counting(evidence, layout.first, row_format, first_step, need, is_less_known)
         ends = [] if layout.verdict_is_of_steps else evidence.unplaced_note()
@@ -319,6 +313,23 @@ def _reader(
     if row_format in ("step-labels", "step-rows"):
         return _step_label_reader(rows)
     return [], READERS[row_format]
+
+
+def _step_evidence(layout: StepLayout, rows: Iterable[Row]) -> tuple[StepLayout, StepEvidence, bool, bool]:
+    """The layout with the names that count in a file, what its rows say, and whether any is signed or has a less known name."""
+    usual = layout.usual()
+    evidence = {layout: StepEvidence(), usual: StepEvidence()}
+    has_usual = is_signed = is_less_known = False
+    for row in rows:
+        has_usual = has_usual or not is_absent(row.get(usual.field(row)))
+        is_signed = is_signed or layout.is_signed(row)
+        is_less_known = is_less_known or layout.is_less_known(row)
+        for each, seen in evidence.items():
+            number = each.seen(row)
+            if number is not None:
+                seen.add(number)
+    counts = usual if has_usual else layout
+    return counts, evidence[counts], is_signed, is_less_known and not has_usual
 
 
 def _step_label_reader(rows: Iterable[Row]) -> tuple[list[str], Reader]:

@@ -35,7 +35,7 @@ from draftsmith.label.formats.step_labels import (
     rating_of,
     step_list,
 )
-from draftsmith.label.formats.step_sets import LAYOUTS
+from draftsmith.label.formats.step_sets import LAYOUTS, names_a_step
 from draftsmith.label.schema import Answer, answer_id, refusal
 from draftsmith.label.store.label_source import LabelSource
 
@@ -68,6 +68,9 @@ _ATTRIBUTIONS = ("fully", "partially", "unsupported", "contradictory")
 def unfolded(row: Row) -> list[Row]:
     """The answers of a row, or its annotators, each as a row of its own. A row of the usual shape is given back as it is.
 
+    Steps inside an object do not replace those of the row, such as a reference beside the answer. Nor does one label of the row become
+    that of several answers. A label of the row beside its annotators' stays: a row of its own gives it.
+
     Worked example: `{"question": "q", "response": {"steps": ["a"], "process_correctness": [1]}}` becomes
     `{"question": "q", "steps": ["a"], "process_correctness": [1]}`.
 
@@ -91,13 +94,85 @@ def _inner_rows(row: Row, names: Sequence[str], is_inner: Callable[[Row], bool])
         if not is_list or not all(isinstance(each, Mapping) and is_inner(each) for each in inner):
             continue
         rest = {field: other for field, other in row.items() if field != name}
-        rows: list[Row] = [{**rest, **each} for each in inner]
-        if names is not _ANNOTATIONS:
-            return rows
-        return [
-            each if annotator_of(each) else {**each, "annotator": str(number)} for number, each in enumerate(rows, 1)
-        ]
+        if names is _ANNOTATIONS:
+            return _annotated(row, rest, inner)
+        return [row] if _is_by_itself(rest, inner) else [{**_without_steps(rest), **each} for each in inner]
     return [row]
+
+
+def _is_by_itself(rest: Row, answers: Sequence[Row]) -> bool:
+    """Whether a row has labelled steps beside those inside its answers, or a label that may be that of any of several answers."""
+    are_labelled = all(_speaks_of_steps(answer) or _has_labelled_steps(answer) for answer in answers)
+    if _has_steps(_without_answers(rest)) and (_speaks_of_steps(rest) or _has_labelled_steps(rest)):
+        return True
+    return not are_labelled and (_has_steps(_without_answers(rest)) or (len(answers) > 1 and bool(_own_labels(rest))))
+
+
+def _without_answers(row: Row) -> Row:
+    """A row without its empty lists, and without its lists of answers with steps each."""
+    return {
+        name: value
+        for name, value in row.items()
+        if name not in STEP_FIELDS
+        or not isinstance(steps := step_list(row, name), list)
+        or not all(isinstance(step, Mapping) and _has_steps(step) for step in steps)
+    }
+
+
+def _without_steps(row: Row) -> Row:
+    own = _without_answers(row)
+    return {name: value for name, value in row.items() if not (name in own and _has_steps({name: value}))}
+
+
+def _annotated(row: Row, rest: Row, annotations: Sequence[Row]) -> list[Row]:
+    """A row for each annotator, behind one for the label of the row that theirs would replace."""
+    is_unlabelled = _has_steps(rest) and not (_speaks_of_steps(rest) or _has_labelled_steps(rest))
+    if not is_unlabelled and not any(_can_label(each) for each in annotations):
+        return [row]  # such as `{"label": "algebra"}`
+    replaced = {name for name in _own_labels(rest) if any(name in each for each in annotations)}
+    lists = [name for each in annotations for name in (*label_lists(each), *other_label_lists(each))]
+    is_stripped = bool(lists) and _has_labelled_steps(rest)
+    unlabelled = {name: value for name, value in rest.items() if name not in replaced}
+    if is_stripped:
+        unlabelled = {name: _without_labels(rest, name) for name in unlabelled}
+    rows: list[Row] = [{**unlabelled, **each} for each in annotations]
+    named = [each if annotator_of(each) else {**each, "annotator": str(number)} for number, each in enumerate(rows, 1)]
+    return [rest, *named] if replaced or is_stripped else named
+
+
+def _without_labels(row: Row, field: str) -> Any:
+    """A field's value; steps without the labels in them."""
+    steps = step_list(row, field) if field in STEP_FIELDS else None
+    if not isinstance(steps, list):
+        return row[field]
+    return [
+        {name: value for name, value in step.items() if name not in OF_STEP} if isinstance(step, Mapping) else step
+        for step in steps
+    ]
+
+
+def _own_labels(row: Row) -> set[str]:
+    """The fields of a row that label its steps."""
+    names = (name for name in row if not is_absent(row[name]))
+    return {name for name in names if _can_label({name: row[name]})}
+
+
+def _can_label(row: Row) -> bool:
+    """Whether a list can rate steps, or a number name one; `{"label": "algebra"}` does neither."""
+    lists = (row[name] for name in (*label_lists(row), *other_label_lists(row)))
+    return names_a_step(row) or any(_is_rating(listed) for listed in lists)
+
+
+def _is_rating(listed: Any) -> bool:
+    try:
+        return any(rating_of(entry, "row", "label") is not None for entry in unpacked(listed))
+    except ValueError:
+        return False
+
+
+def _has_labelled_steps(row: Row) -> bool:
+    steps = (step for name in STEP_FIELDS if isinstance(inside := step_list(row, name), list) for step in inside)
+    return any(isinstance(step, Mapping) and any(name in step for name in OF_STEP) for step in steps)
 
 
 def _has_steps(inner: Row) -> bool:
@@ -204,7 +279,9 @@ def joined_steps(row: Row, place: str, origin: LabelSource) -> RatedSteps:
         rule = "the steps of an answer are numbered from 0 or from 1, without a gap"
         raise refusal(place, number_field, numbers, rule, "add the rows that are missing")
     steps = [_text_of_step(by_number[number], text_field, place) for number in numbers]
-    ratings = [_rating_of_step(by_number[number], place) for number in numbers]
+    filled = (name for name in OF_STEP if not all(is_absent(of_step.get(name)) for of_step in row[STEP_ROWS]))
+    field = next(filled, OF_STEP[0])
+    ratings = [_rating_of_step(by_number[number], field, place) for number in numbers]
     question = value_of(row, field_of(row, QUESTIONS), place)
     return RatedSteps(question, steps, ratings, [], origin.labelled_by, field=text_field)
 
@@ -217,10 +294,9 @@ def _text_of_step(rows: Sequence[Row], field: str, place: str) -> str:
     return text
 
 
-def _rating_of_step(rows: Sequence[Row], place: str) -> Rating | None:
-    """What a step is rated, by one row or more."""
+def _rating_of_step(rows: Sequence[Row], field: str, place: str) -> Rating | None:
+    """What a step is rated, by one row or more. REVEAL's labels count before the field."""
     if not any(name in row for row in rows for name in (_LOGIC, _ATTRIBUTION)):
-        field = next((name for name in OF_STEP if name in rows[0]), OF_STEP[0])
         rating, *others = [rating_of(row.get(field), place, field) for row in rows]
         if any(other != rating for other in others):
             rule = "another row rates the same step differently"
@@ -278,7 +354,7 @@ def _addresses(value: Any, place: str, field: str) -> list[str]:
     value = unpacked(value)
     addresses = []
     for entry in value if isinstance(value, list) else [value]:
-        if is_absent(entry) or entry == {}:
+        if is_absent(entry) or entry == {} or isinstance(entry, bool):  # a flag says that there is one, and not where
             continue
         # As `datasets` writes a picture into a table: its bytes, and its path where there is one.
         address = entry.get("path") or entry.get("url") if isinstance(entry, Mapping) else entry

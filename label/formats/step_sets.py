@@ -5,9 +5,10 @@ Owns the names of their fields, and which step a number means. From which number
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from draftsmith.label.formats.counting import StepNumber
@@ -65,6 +66,7 @@ class StepLayout:
         ends: two fields that differ where the final answer is wrong.
         need: how many numbers have to speak against `first`.
         signature: fields that the published set has and its derivatives seldom keep; with one of them, two numbers have to.
+        is_said: the user says from which number the file counts.
     """
 
     questions: tuple[str, ...]
@@ -78,10 +80,15 @@ class StepLayout:
     ends: tuple[str, str] | None = None
     need: int = 1
     signature: tuple[str, ...] = ()
+    is_said: bool = False
 
     def field(self, row: Row) -> str:
         """The name of the field with the number."""
         return field_of(row, self.errors)
+
+    def usual(self) -> StepLayout:
+        """The layout without the less known names, for files that have the usual one."""
+        return replace(self, errors=tuple(name for name in self.errors if name not in LESS_KNOWN_ERRORS))
 
     def is_less_known(self, row: Row) -> bool:
         """Whether only the rows can show from which number the file counts."""
@@ -256,12 +263,30 @@ def _numbers_in(row: Row, field: str, layout: StepLayout, first: int, place: str
     for entry in listed:
         number = whole(entry)
         if number is None and isinstance(entry, str) and (named := _NAMED_STEP.fullmatch(entry.strip())):
+            # A word counts from 1. Where the set counts from 0, it may be meant either way.
+            if 1 not in (first, layout.first) and field not in LESS_KNOWN_ERRORS and not layout.is_said:
+                rule = "the step with a number may be counted from 0 or from 1"
+                raise refusal(place, field, value, rule, "write the number alone, or say --first_step zero or one")
             number = int(named[1])
         if number is None or number < -1:
             rule = _rule(layout, first, len(_steps(row, layout, place)))
             raise refusal(place, field, value, rule, "correct it")
         numbers.append(number)
     return numbers
+
+
+def names_a_step(row: Row) -> bool:
+    """Whether a field names the first wrong step, or says that there is none, in a way that some set of `LAYOUTS` has.
+
+    Args:
+        row: of a file, or an annotator's part of it.
+    """
+    for layout in LAYOUTS.values():
+        for name in (name for name in layout.errors if name in row):
+            with contextlib.suppress(ValueError):
+                _numbers_in(row, name, replace(layout, is_said=True), layout.first, "row")
+                return True
+    return False
 
 
 def _says_none(value: Any) -> bool:

@@ -97,6 +97,13 @@ def test_other_pictures_make_another_question_and_none_makes_none(tmp_path: Path
     assert ["parts" in answer.messages[0] for answer in answers] == [True] * 3 + [False] * 3
 
 
+@pytest.mark.parametrize("flag", [False, True, [False]])
+def test_a_flag_for_pictures_is_no_picture_and_costs_no_row(tmp_path: Path, flag: Any) -> None:
+    imported = read(tmp_path, VISUAL | {"image": flag})
+    assert labels(imported) == [STEPS[2]]
+    assert "parts" not in imported.answers[0].messages[0]
+
+
 def test_a_picture_of_bytes_alone_is_left_out_with_a_remedy(tmp_path: Path) -> None:
     rows = [VISUAL | {"image": {"bytes": b"\x89PNG", "path": path}} for path in ("images/1.png", None)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in.parquet")
@@ -134,6 +141,41 @@ def test_tables_hold_the_objects_too(tmp_path: Path) -> None:
         assert read_file(tmp_path / name).answers == expected
 
 
+PROBLEM = {"problem": "How many?", "generator": "some-lm"}
+OTHER_STEPS = {"steps": ["x", "y", "z"]}
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        pytest.param({"label": 1, "solution": OTHER_STEPS}, id="a reference beside ProcessBench's steps"),
+        pytest.param({"label": 1, "solutions": [OTHER_STEPS, OTHER_STEPS]}, id="several references"),
+        pytest.param({"labels": [1, 0, 0], "response": OTHER_STEPS}, id="a response beside labels"),
+        pytest.param({"labels": [1, 0, 0], "response": {**OTHER_STEPS, "labels": [0, 0, 0]}}, id="a labelled response"),
+        pytest.param({"ratings": [1, -1, 0], "tail": "t", "answer": OTHER_STEPS}, id="an answer beside PRM800K's steps"),
+        pytest.param({"mistake_index": 1, "output": {"solution_steps": ["x"], "labels": [0]}}, id="other names of both"),
+    ],
+)  # fmt: skip
+def test_steps_inside_an_object_do_not_replace_those_of_the_row(tmp_path: Path, beside: dict[str, Any]) -> None:
+    imported = read(tmp_path, PROBLEM | {"steps": STEPS} | beside)
+    assert labels(imported) == [STEPS[1]]
+    assert imported.answers[0].response.startswith("\n".join(STEPS))
+
+
+def test_labelled_steps_inside_an_object_count_beside_a_list_without_labels(tmp_path: Path) -> None:
+    inner = {"solution_steps": STEPS, "labels": [1, 0, 0]}
+    assert labels(read(tmp_path, QUESTION | {"steps": ["x", "y", "z"], "response": inner})) == [STEPS[1]]
+
+
+def test_a_label_outside_several_answers_is_that_of_none(tmp_path: Path) -> None:
+    row = QUESTION | {"labels": [1, 0, 0], "solutions": [{"steps": STEPS}, OTHER_STEPS]}
+    good = QUESTION | {"steps": STEPS, "labels": [1, 1, 0]}
+    imported = read(tmp_path, good, row)
+    assert [said(answer) for answer in imported.answers] == [STEPS[2]]
+    assert len(imported.left_out) == 1
+    assert labels(read(tmp_path, row | {"solutions": [{"steps": STEPS}]})) == [STEPS[1]], "there is one answer"
+
+
 # ---- several annotators -------------------------------------------------------------------------------------------------
 
 
@@ -147,6 +189,27 @@ def test_each_annotator_of_a_row_gives_a_label_under_their_own_name(tmp_path: Pa
     assert by_person(read(tmp_path, row | {"annotations": unnamed})) == {"set:1": STEPS[1], "set:2": "correct"}
     numbers = [{"annotator": "ann", "first_error_step": 2}, {"annotator": "bob", "first_error_step": None}]
     assert by_person(read(tmp_path, row | {"annotations": numbers})) == {"set:ann": STEPS[1], "set:bob": "correct"}
+
+
+def test_annotations_that_are_no_labels_of_steps_leave_the_rows_own_label(tmp_path: Path) -> None:
+    row = PROBLEM | {"steps": STEPS, "label": 1, "annotations": [{"label": "algebra"}]}
+    assert by_person(read(tmp_path, row, row | {"problem": "q", "label": -1})) == {"set": "correct"}
+    assert labels(read(tmp_path, row)) == [STEPS[1]]
+
+
+def test_the_rows_own_label_stays_beside_those_of_its_annotators(tmp_path: Path) -> None:
+    row = PROBLEM | {"steps": STEPS, "label": -1, "annotations": [{"label": 1}, {"annotator": "ann", "label": 2}]}
+    assert by_person(read(tmp_path, row)) == {"set": "correct", "set:1": STEPS[1], "set:ann": STEPS[2]}
+    inside = [{"text": text, "label": label} for text, label in zip(STEPS, (1, 1, 0), strict=True)]
+    rated = QUESTION | {"steps": inside, "annotations": [{"labels": [1, 0, 0]}, {"labels": [1, 1, 1]}]}
+    assert by_person(read(tmp_path, rated)) == {"set": STEPS[2], "set:1": STEPS[1], "set:2": "correct"}
+
+
+def test_one_annotators_slip_costs_no_other_label(tmp_path: Path) -> None:
+    row = QUESTION | {"steps": STEPS, "annotations": [{"labels": [1, 0, 0]}, {"labels": [1, "x", 0]}]}
+    imported = read(tmp_path, row)
+    assert [said(answer) for answer in imported.answers] == [STEPS[1]]
+    assert 'labels[1] is "x"; a step is rated' in imported.left_out[0]
 
 
 def test_rows_of_several_annotators_replace_no_label_of_another(tmp_path: Path) -> None:
@@ -247,6 +310,13 @@ def test_rows_of_steps_that_make_no_answer_are_left_out_with_the_reason(
     assert reason in imported.left_out[0]
 
 
+def test_an_empty_column_hides_no_label_and_a_filled_one_is_not_mixed_with_another(tmp_path: Path) -> None:
+    row = {"question": "q", "step_number": 1, "text": "s1", "label": None, "correct": True}
+    wrong = row | {"step_number": 2, "text": "s2", "correct": False}
+    assert labels(read(tmp_path, row, wrong)) == ["s2"]
+    assert labels(read(tmp_path, row | {"label": 1}, wrong)) == ["correct: s1"], "nobody has rated the second step"
+
+
 def test_an_answer_whose_rows_do_not_stand_together_stops_the_import(tmp_path: Path) -> None:
     rows = [reveal(0, "Correct"), reveal(0, "Correct", answer_id="a2"), reveal(1, "Incorrect")]
     with pytest.raises(
@@ -296,6 +366,28 @@ def test_a_number_of_a_step_may_have_its_word_before_it_and_none_may_be_said_in_
         for at, written in enumerate(["Step 2", "step 3", "No error", "no error.", "correct"])
     ]
     assert labels(read(tmp_path, *rows)) == [STEPS[1], STEPS[2], "correct", "correct", "correct"]
+
+
+@pytest.mark.parametrize("field", ["label", "mistake_index"])
+def test_a_number_behind_a_word_counts_from_1_or_not_at_all(tmp_path: Path, field: str) -> None:
+    named, numbered = (PROBLEM | {"problem": str(at), "steps": STEPS, field: at} for at in ("Step 2", 1))
+    imported = read(tmp_path, numbered, named)
+    assert [said(answer) for answer in imported.answers] == [STEPS[1]]
+    assert f'{field} is "Step 2"; the step with a number may be counted from 0 or from 1; write' in imported.left_out[0]
+    file = tmp_path / "in.jsonl"
+    for first_step, expected in (("one", STEPS[1]), ("zero", STEPS[2])):
+        file.write_text(json.dumps(named))
+        [answer] = read_labelled(file, "auto", LabelSource("in", "set", "MIT"), first_step).answers  # type: ignore[arg-type]
+        assert said(answer) == expected
+
+
+def test_a_less_known_name_does_not_count_in_a_file_with_the_usual_one(tmp_path: Path) -> None:
+    wrong = {"input": "q", "steps": STEPS, "mistake_index": 1, "error_step": 2}
+    right = {"input": "p", "steps": STEPS, "mistake_index": None, "error_step": None}
+    other = {"input": "r", "steps": STEPS, "mistake_index": None, "error_step": 2}
+    assert labels(read(tmp_path, other, wrong, right)) == ["correct", STEPS[1], "correct"]
+    with pytest.raises(ValueError, match="may count its steps from 0 or from 1"):
+        read(tmp_path, other, right)
 
 
 @pytest.mark.parametrize("field", ["first_error_index", "error_step"])
