@@ -14,12 +14,14 @@ from pathlib import Path
 import sqlalchemy
 from sqlalchemy import Connection, Engine, event, exc, func, insert, select
 from sqlalchemy.engine import URL, make_url
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from draftsmith.extras import install_command
 from draftsmith.label.steps import is_step
 from draftsmith.label.store.tables import ABOUT, ENTRIES, ITEMS, METADATA, STEPS, VERSION
 
 PATIENCE_SECONDS = 30.0
+_OPENED = "opened file"
 # Drivers whose module and package go by different names.
 _DRIVER_PACKAGES = {"psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
 
@@ -82,8 +84,9 @@ class Database:
 
     def _make_tables(self, connection: Connection) -> None:
         """Makes the tables that are missing; another process may have been quicker since we looked."""
-        if self._file is not None and not self._file.exists():
-            # Who made the file failed, and removed it while we waited.
+        if self._file is not None and connection.info[_OPENED] != _identity(self._file):
+            # Who made the file failed, and removed it while we waited; another process may have made one in its place since.
+            self.engine.dispose()  # so that the next call opens the file that is there then
             raise Unavailable(f"{self.name} was removed by another process that failed; try again, nothing was written")
         version = self._version(connection, create=True)
         if version == VERSION:
@@ -105,8 +108,13 @@ class Database:
             raise ValueError(f"{self.name} needs the Python package {driver}; run: {remedy}") from error
         if sqlite:
             event.listen(engine, "connect", _on_connect)
+            event.listen(engine, "connect", self._note_file)
             event.listen(engine, "begin", _on_begin)
         return engine
+
+    def _note_file(self, _connection: object, entry: ConnectionPoolEntry) -> None:
+        """Notes which file a connection has opened: another one may lie at its path later."""
+        entry.info[_OPENED] = None if self._file is None else _identity(self._file)
 
     def _version(self, connection: Connection, create: bool) -> int | None:
         """The version of the tables that are there; None where there are none yet."""
@@ -198,6 +206,15 @@ def _url(place: str) -> URL:
 def _file(url: URL) -> Path | None:
     named = url.get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:")
     return Path(str(url.database)) if named else None
+
+
+def _identity(file: Path) -> tuple[int, int] | None:
+    """Which file lies at a path now; None for none."""
+    try:
+        about = file.stat()
+    except FileNotFoundError:
+        return None
+    return about.st_dev, about.st_ino
 
 
 def _remove_empty(file: Path) -> None:

@@ -94,6 +94,18 @@ def test_an_interrupted_first_addition_leaves_no_store(place: str, make: Make) -
     assert not Path(place).exists()
 
 
+def test_no_answers_go_into_a_removed_file_when_another_lies_in_its_place(place: str, make: Make) -> None:
+    with Store(place, create=True, with_first_rows=True) as store:
+        Path(place).unlink()  # as a process does whose first addition fails
+        with Store(place, create=True, with_first_rows=True) as other:
+            other.add([make("a")], "importer")
+        with pytest.raises(ValueError, match="was removed by another process that failed; try again"):
+            store.add([make("b")], "importer")
+        assert store.add([make("b")], "importer").items == 1
+    with Store(place) as store:
+        assert store.answers(unlabelled=True) == [make("a"), make("b")]
+
+
 def test_a_file_that_another_process_is_about_to_fill_stays(place: str, make: Make) -> None:
     with Store(place, create=True, with_first_rows=True, patience_seconds=0.1) as store:
         other = sqlite3.connect(place, isolation_level=None)
