@@ -1,110 +1,53 @@
 """Block drafters on disk: z-lab's DFlash layout, and its relatives for JetSpec, DFlash 2, DSpark and Domino, which vLLM and SGLang read.
 
-Owns their config fields, and which drafter each can hold. Engines read some of them differently:
-
-- Layers are counted from 0 in ``target_layer_ids``, and from 1 in ``eagle_aux_hidden_state_layer_ids``, which vLLM prefers.
-- ``is_causal`` at the top is for both engines, ``dflash_config.causal`` for vLLM. Without either, full attention sees the whole block, and
-  layers with a sliding window see no later slot.
-- vLLM refuses a DFlash whose root's slot predicts. A DSpark is ``Qwen3DSparkModel`` to it; ``DSparkDraftModel`` is another model.
-
-Knows nothing of cards and commands.
+Owns how they are written: layers and causality for both engines, each in its own field. A DSpark is ``Qwen3DSparkModel`` to vLLM;
+``DSparkDraftModel`` is another model there. Knows nothing of cards and commands.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from draftsmith.export.layouts.block.dflash_reader import NESTED, read
+from draftsmith.export.layouts.block.kinds import (
+    DFLASH,
+    DFLASH2,
+    DOMINO,
+    DSPARK,
+    confidence_fields,
+    engine_notes,
+    kind_of,
+    selector_fields,
+)
 from draftsmith.export.layouts.block.qwen3 import (
     MARKOV_TYPES,
     add_embedding,
-    assembled,
     last_block_note,
     public_tensors,
     qwen3_fields,
-    qwen3_settings,
     refuse_learned_mask,
 )
 from draftsmith.export.layouts.eagle3 import num_layers
-from draftsmith.export.layouts.embedding import NAME as EMBEDDING
-from draftsmith.export.layouts.embedding import is_plain
-from draftsmith.export.layouts.layer_ids import KEY, block_counts, layer_names
+from draftsmith.export.layouts.layer_ids import block_counts
 from draftsmith.export.layouts.layout import Foreign, Layout
 from draftsmith.export.layouts.readback import refuse_difference
 from draftsmith.export.layouts.serving import sglang_block, vllm
-from draftsmith.models.families.block.block_config import BlockConfig
-from draftsmith.models.families.block.block_correction import CorrectionKind
 from draftsmith.models.families.block.block_drafter import BlockDrafter
-from draftsmith.models.families.block.block_layer import GROUP
-from draftsmith.models.files.checkpoint_files import CONFIG, as_text, read_fields, read_tensors, write_files
-from draftsmith.models.files.field_rules import (
-    COUNT,
-    FLAG,
-    NOT_NEGATIVE,
-    OBJECT,
-    PARTS,
-    POSITIVE,
-    Rule,
-    check_fields,
-    is_whole,
-)
-from draftsmith.models.files.tables import num_drafted, regular_maps
+from draftsmith.models.files.checkpoint_files import as_text, read_fields, read_tensors, write_files
 from draftsmith.models.foreign.named_kinds import named_kind
 from draftsmith.models.foreign.speculators_config import SPECULATORS_KEY
 from draftsmith.models.target.ends import TargetEnds
 
-DFLASH, DFLASH2, DSPARK, DOMINO = "dflash", "dflash2", "dspark", "domino"
 _ARCHITECTURES = {
     DFLASH: "DFlashDraftModel",
     DFLASH2: "DFlash2DraftModel",
     DSPARK: "Qwen3DSparkModel",
     DOMINO: "DFlashDraftModel",
 }
-_NESTED = "dflash_config"
-_IDS: Rule = (
-    lambda value: isinstance(value, list) and bool(value) and all(is_whole(number, 0) for number in value),
-    "a list of whole numbers",
-)
-_RULES: dict[str, Rule] = {
-    _NESTED: OBJECT,
-    "block_size": COUNT,
-    "mask_token_id": (lambda value: is_whole(value, 0), "a token id"),
-    "target_layer_ids": _IDS,
-    KEY: _IDS,
-    "aux_hidden_state_layer_ids": _IDS,
-    "num_target_layers": COUNT,
-    "num_hidden_layers": PARTS,
-    "draft_vocab_size": COUNT,
-    "is_causal": FLAG,
-    "causal": FLAG,
-    "sliding_window_non_causal": FLAG,
-    "sample_from_anchor": FLAG,
-    "shift_label": FLAG,
-    "markov_rank": (lambda value: is_whole(value, 0), "a whole number of at least 0"),
-    "markov_head_type": (lambda value: value in MARKOV_TYPES.values(), "vanilla, gated or rnn"),
-    "gru_hidden_dim": COUNT,
-    "emb_dim": COUNT,
-    "selector_rank": COUNT,
-    "selector_top_k": COUNT,
-    "enable_confidence_head": FLAG,
-    "confidence_head_with_markov": FLAG,
-    "output_multiplier": POSITIVE,
-    "final_logit_softcapping": NOT_NEGATIVE,
-}
-# What our layers and corrections are. Another value means another computation, which loading the weights alone would hide.
-_FIXED: dict[str, Any] = {
-    "pure_draft_prefix_len": 1,
-    "is_neox_style": True,
-    "use_swa": False,
-    "attention_sink_bias": False,
-    "conv_kernel_size": 2,
-    "conv_group_size": GROUP,
-}
-_WINDOWS = ("layer_types", "max_window_layers", "sliding_window", "use_sliding_window")  # engines read them at the top
 
 
 def write(drafter: BlockDrafter, folder: Path, ends: TargetEnds | None) -> tuple[str, ...]:
@@ -160,94 +103,6 @@ def _write(layout: str, drafter: BlockDrafter, folder: Path, ends: TargetEnds | 
     return tuple(notes)
 
 
-def kind_of(config: BlockConfig) -> str:
-    """Which of the four kinds a drafter is.
-
-    Args:
-        config: of the drafter.
-
-    Returns:
-        ``dflash``, ``dflash2``, ``dspark`` or ``domino``.
-
-    Raises:
-        ValueError: it is none of them.
-    """
-    remedy = "serve it from --layout draftsmith or custom_generate"
-    if config.correction == "lookaround":
-        raise ValueError(f"this drafter has the correction 'lookaround', which no other software holds; {remedy}")
-    if config.convolution or config.correction == "selector":
-        return _dflash2(config, remedy)
-    if config.correction == "none":
-        if config.sample_from_anchor:
-            raise ValueError(
-                "the root's slot of this drafter predicts (sample_from_anchor), and vLLM refuses such a DFlash; train it with "
-                f"sample_from_anchor false or with a correction, or {remedy}"
-            )
-        return DFLASH
-    if not config.sample_from_anchor:
-        raise ValueError(
-            f"this drafter has the correction {config.correction!r} without sample_from_anchor, which no engine serves as far as we know; "
-            f"train it with sample_from_anchor true, or {remedy}"
-        )
-    if config.correction != "gru":
-        return DSPARK
-    if config.num_draft_tokens != config.vocab_size:
-        raise ValueError(
-            f"this drafter has the correction 'gru' and a draft vocabulary of {config.num_draft_tokens} tokens, and Domino's layout holds "
-            f"only the whole one; train it with draft_vocab_size null, or {remedy}"
-        )
-    return DOMINO
-
-
-def _dflash2(config: BlockConfig, remedy: str) -> str:
-    """The kind of a drafter with a convolution or a selector.
-
-    Raises:
-        ValueError: it lacks one of the two, its root's slot predicts, or it has a draft vocabulary.
-    """
-    if not config.convolution or config.correction != "selector" or config.sample_from_anchor:
-        raise ValueError(
-            f"a DFlash 2 has convolution true, correction 'selector' and sample_from_anchor false; this drafter has {config.convolution}, "
-            f"{config.correction!r} and {config.sample_from_anchor}; train it with those, or {remedy}"
-        )
-    if config.num_draft_tokens != config.vocab_size:
-        raise ValueError(
-            f"this drafter is a DFlash 2 with a draft vocabulary of {config.num_draft_tokens} tokens, and its layouts hold only the whole "
-            f"one; train it with draft_vocab_size null, or {remedy}"
-        )
-    return DFLASH2
-
-
-def engine_notes(config: BlockConfig) -> list[str]:
-    """What a user must know of engines that compute something else, or nothing."""
-    notes = []
-    if config.correction in ("gated", "recurrent"):
-        notes.append(f"Its correction is {config.correction!r}, which SGLang reads. vLLM has no parameters for it.")
-    if config.confidence and not config.confidence_with_markov:
-        notes.append(
-            "Its confidence head reads no token (`confidence_head_with_markov` false). Public code of SGLang refuses such a head, and no "
-            "engine was tried with one."
-        )
-    if config.correction == "gru":
-        notes.append("Its correction is Domino's, which SGLang reads and vLLM does not.")
-    if config.correction != "none" and config.num_draft_tokens != config.vocab_size:
-        notes.append(
-            "vLLM reads its draft vocabulary. SGLang drops the head of a DSpark and scores the whole vocabulary."
-        )
-    if config.sliding_layers:
-        if len(config.sliding_layers) < config.num_draft_layers:
-            seen = "Other layers have none: vLLM reads such a mixture only with its second model runner, and it was not tried."
-        elif config.causal or config.sliding_causal:
-            seen = "Its mask is causal, too. No engine was tried with that."
-        else:
-            seen = "vLLM 0.32 drafted nearly the same."
-        notes.append(
-            f"Its layers {config.sliding_layers} have a sliding window of {config.sliding_window}. {seen} "
-            "In the speculators package the window of all slots begins so many tokens before the root."
-        )
-    return notes
-
-
 def _fields(drafter: BlockDrafter, kind: str, ends: TargetEnds | None) -> dict[str, Any]:
     config = drafter.config
     depth = num_layers(ends)
@@ -260,7 +115,7 @@ def _fields(drafter: BlockDrafter, kind: str, ends: TargetEnds | None) -> dict[s
         "architectures": [_ARCHITECTURES[kind]],
         **qwen3_fields(config, drafter.dtype, ends),
         "block_size": config.block_size,
-        _NESTED: nested,
+        NESTED: nested,
     }
     if config.causal or not config.sliding_causal:
         fields["is_causal"] = nested["causal"] = config.causal
@@ -281,238 +136,6 @@ def _fields(drafter: BlockDrafter, kind: str, ends: TargetEnds | None) -> dict[s
         fields["sample_from_anchor"] = True
         nested["projector_type"] = DSPARK
     return fields
-
-
-def confidence_fields(config: BlockConfig) -> dict[str, bool]:
-    """What a DSpark's config says of its confidence head."""
-    with_markov = config.confidence and config.confidence_with_markov
-    return {"enable_confidence_head": config.confidence, "confidence_head_with_markov": with_markov}
-
-
-def selector_fields(config: BlockConfig) -> dict[str, int]:
-    """What a DFlash 2's config says of its convolution and its selector."""
-    sizes = {"selector_rank": config.correction_rank, "selector_top_k": config.candidates}
-    return {"conv_kernel_size": _FIXED["conv_kernel_size"], "conv_group_size": GROUP, **sizes}
-
-
-def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetEnds | None, where: str) -> BlockDrafter:
-    """A drafter from this layout; it knows no target yet beyond its sizes and layers.
-
-    Args:
-        fields: of the config; those of its own stand at the top or in ``dflash_config``.
-        tensors: of the checkpoint.
-        ends: the target's; without them, copies of the target's tensors are not looked at.
-        where: for messages.
-
-    Raises:
-        ValueError: a field is missing or breaks its rule, two fields contradict each other, the layers compute what ours do not, or the
-            tensors are not those of the config.
-    """
-    flat, tensors = _flat(fields, where), regular_maps(tensors, fields.get("vocab_size"))
-    refuse_other_computation(flat, where)
-    if ends is not None and EMBEDDING not in tensors:
-        refuse_other_scale(flat, ends, where)
-    size = _draft_vocabulary(flat, tensors, where)
-    _refuse_other_depth(flat, ends, where)
-    settings = qwen3_settings({**fields, **{name: flat[name] for name in _WINDOWS if name in flat}}, where)
-    config = BlockConfig(
-        **settings,
-        **_correction(flat, where),
-        layers=layer_names(_counts(flat, where), num_layers(ends), where),
-        block_size=_required(flat, "block_size", where),
-        mask_token_id=_required(flat, "mask_token_id", where),
-        **_causality(flat, settings, where),
-        draft_vocab_size=None if size == fields.get("vocab_size") else size,
-    )
-    config.num_draft_steps = config.block_size - config.first_slot
-    config.check(where, "correct it by hand")
-    _refuse_other_logits(flat, config, ends, where)
-    return assembled(config, tensors, ends, where)
-
-
-def _draft_vocabulary(flat: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> int | None:
-    """Vd, by the config or by the map.
-
-    Raises:
-        ValueError: the two differ.
-    """
-    counted = num_drafted(tensors, where)
-    named = flat.get("draft_vocab_size", counted)
-    if counted is not None and named != counted:
-        raise ValueError(
-            f"{where}: {CONFIG} has draft_vocab_size {named}, and d2t maps {counted} tokens; take both files of one export"
-        )
-    return None if named is None else int(named)
-
-
-def _refuse_other_depth(flat: Mapping[str, Any], ends: TargetEnds | None, where: str) -> None:
-    """Refuse a drafter for a target of another depth.
-
-    Raises:
-        ValueError: naming both depths.
-    """
-    depth, named = num_layers(ends), flat.get("num_target_layers")
-    if ends is not None and named is not None and named != depth:
-        raise ValueError(
-            f"{where}: {CONFIG} has num_target_layers {named}, and {ends.name!r} has {depth} layers; name the target that the drafter was "
-            "made for"
-        )
-
-
-def _flat(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The fields at the top and those of ``dflash_config`` as one level, each of which follows its rule.
-
-    Raises:
-        ValueError: one breaks its rule, has one value at the top and another one below, or asks for a sliding window below alone.
-    """
-    place = f"{where}: {CONFIG}"
-    top = {name: value for name, value in fields.items() if value is not None}
-    check_fields(top, _RULES, place, "correct it by hand")
-    nested = {name: value for name, value in top.get(_NESTED, {}).items() if value is not None}
-    check_fields(nested, _RULES, f"{place}: {_NESTED}", "correct it by hand")
-    for name in sorted({*_RULES, *_FIXED, *_WINDOWS, "projector_type"} & top.keys() & nested.keys()):
-        if top[name] != nested[name]:
-            raise ValueError(
-                f"{place} has {name} {top[name]!r}, and {nested[name]!r} in {_NESTED}, between which engines differ; correct one of the two"
-            )
-    # False stands for what is so without the field.
-    if below := [name for name in _WINDOWS if name in nested and name not in top and nested[name] is not False]:
-        named = ", ".join(f"{name} {nested[name]!r:.80}" for name in below)
-        raise ValueError(
-            f"{place} has {named} in {_NESTED} and not at the top, where engines read which layers have a sliding window; put it at the "
-            "top if the drafter was trained with it, or take it out"
-        )
-    return {**nested, **top}
-
-
-def refuse_other_computation(flat: Mapping[str, Any], where: str) -> None:
-    """Refuse settings under which the same tensors would mean something else.
-
-    Raises:
-        ValueError: naming each.
-    """
-    faults = [f"{name} {flat[name]!r}" for name, value in _FIXED.items() if name in flat and flat[name] != value]
-    if flat.get("projector_type", DFLASH) not in (DFLASH, DFLASH2, DSPARK, DOMINO):
-        faults.append(f"projector_type {flat['projector_type']!r}")
-    if flat.get("enable_confidence_head") and flat.get("confidence_head_with_markov") and not flat.get("markov_rank"):
-        faults.append(f"confidence_head_with_markov True with markov_rank {flat.get('markov_rank', 0)}")
-    if faults:
-        raise ValueError(
-            f"{where} asks for {', '.join(faults)}, which our block drafters do not have; it cannot be read"
-        )
-
-
-def refuse_other_scale(flat: Mapping[str, Any], ends: TargetEnds, where: str) -> None:
-    """Refuse a drafter that was trained with the bare rows of an embedding that computes more, or with rows times a factor.
-
-    Raises:
-        ValueError: naming the factor.
-    """
-    scale = flat.get("input_embedding_scale", 1.0)
-    if (scale == 1.0) != is_plain(ends):
-        raise ValueError(
-            f"{where} was trained with rows of the target's embedding matrix times {scale}, and {ends.name!r} computes something else for "
-            "its embedding; such a drafter cannot be read"
-        )
-
-
-def _refuse_other_logits(flat: Mapping[str, Any], config: BlockConfig, ends: TargetEnds | None, where: str) -> None:
-    """Refuse a correction that was trained beside other logits than ours: capped ones, or of the target's head times another factor.
-
-    Without a correction, both leave the order of a slot's tokens as it is.
-
-    Raises:
-        ValueError: naming the cap or the factor.
-    """
-    cap, factor = flat.get("final_logit_softcapping"), flat.get("output_multiplier")
-    own = 1.0 if ends is None else ends.logit_scale
-    faults = [f"final_logit_softcapping {cap}"] if cap else []
-    if factor is not None and ends is not None and not math.isclose(factor, own, rel_tol=1e-3):
-        faults.append(f"output_multiplier {factor}, and {ends.name!r} multiplies its logits by {own:g}")
-    if faults and config.correction != "none":
-        raise ValueError(
-            f"{where} has {' and '.join(faults)}, and its correction would be added to other logits here; such a drafter cannot be read"
-        )
-
-
-def _counts(flat: Mapping[str, Any], where: str) -> list[int]:
-    """The layers that are read, as outputs of blocks counted from 1.
-
-    Raises:
-        ValueError: none are named, or two lists differ.
-    """
-    lists = {name: list(flat[name]) for name in (KEY, "aux_hidden_state_layer_ids") if name in flat}
-    if "target_layer_ids" in flat:
-        lists["target_layer_ids"] = [number + 1 for number in flat["target_layer_ids"]]
-    if not lists:
-        raise ValueError(f"{where} names no target_layer_ids, the layers to read; add them by hand, counted from 0")
-    if any(counts != next(iter(lists.values())) for counts in lists.values()):
-        raise ValueError(
-            f"{where} names different layers in {' and '.join(lists)}; target_layer_ids count blocks from 0, the others from 1: correct one"
-        )
-    return next(iter(lists.values()))
-
-
-def _causality(flat: Mapping[str, Any], settings: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The keyword arguments of :class:`BlockConfig` about which slots of its block a slot sees.
-
-    Raises:
-        ValueError: the two fields that say whether it sees no later one differ.
-    """
-    values = {flat[name] for name in ("is_causal", "causal") if name in flat}
-    if len(values) > 1:
-        raise ValueError(
-            f"{where} has is_causal {flat['is_causal']} and causal {flat['causal']}; correct one of the two"
-        )
-    # The speculators package has a field of its own for layers with a window, beside full ones that see the whole block.
-    of_windows = not flat.get("sliding_window_non_causal", bool(values))
-    return {"causal": bool(values and values.pop()), "sliding_causal": of_windows and "sliding_layers" in settings}
-
-
-def _correction(flat: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The keyword arguments of :class:`BlockConfig` about correction and confidence, and which slot predicts first.
-
-    Raises:
-        ValueError: a Domino that does not say which slot predicts first, or which are not corrected.
-    """
-    if flat.get("projector_type") == DOMINO:
-        if absent := [name for name in ("shift_label", "pure_draft_prefix_len") if name not in flat]:
-            raise ValueError(
-                f"{where} does not say {' and '.join(absent)}, whose defaults differ between the trainers of Domino; add by hand what it "
-                "was trained with: shift_label true where the root's slot predicts the first drafted token, pure_draft_prefix_len 1 where "
-                "that prediction is not corrected"
-            )
-        return {
-            "correction": "gru",
-            "correction_rank": flat.get("emb_dim", 256),
-            "correction_state": flat.get("gru_hidden_dim", 1024),
-            "sample_from_anchor": flat["shift_label"],
-        }
-    if named_kind(flat) == "DFlash 2" or flat.get("projector_type") == DFLASH2:
-        return {
-            "convolution": True,
-            "correction": "selector",
-            "correction_rank": flat.get("selector_rank", 256),
-            "candidates": flat.get("selector_top_k", 16),
-            "sample_from_anchor": flat.get("sample_from_anchor", False),
-        }
-    rank = flat.get("markov_rank", 0)
-    is_dspark = bool(rank) or flat.get("projector_type") == DSPARK or named_kind(flat) == "DSpark"
-    kinds: dict[str, CorrectionKind] = {theirs: ours for ours, theirs in MARKOV_TYPES.items()}  # type: ignore[misc]
-    has_confidence = flat.get("enable_confidence_head", False)
-    return {
-        "sample_from_anchor": flat.get("sample_from_anchor", is_dspark),
-        "confidence": has_confidence,
-        # Without a Markov head there is no row to read, whatever stands here.
-        "confidence_with_markov": not (has_confidence and rank) or flat.get("confidence_head_with_markov", True),
-        **({"correction": kinds[flat.get("markov_head_type", "vanilla")], "correction_rank": rank} if rank else {}),
-    }
-
-
-def _required(flat: Mapping[str, Any], name: str, where: str) -> int:
-    if name not in flat:
-        raise ValueError(f"{where} lacks {name}, without which no block can be drafted; add it by hand")
-    return int(flat[name])
 
 
 def holds(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
 from draftsmith.export.layouts import speculators
-from draftsmith.export.layouts.block import dflash
+from draftsmith.export.layouts.block import dflash_reader, kinds
 from draftsmith.export.layouts.block.qwen3 import (
     MARKOV_TYPES,
     last_block_note,
@@ -39,7 +39,7 @@ from draftsmith.models.foreign.speculators_config import SPECULATORS_KEY, algori
 from draftsmith.models.target.ends import TargetEnds
 
 _LAYERS = "transformer_layer_config"
-_KINDS = {dflash.DFLASH: "DFlashSpeculator", dflash.DFLASH2: "DFlash2DraftModel", dflash.DSPARK: "DSparkSpeculator"}
+_KINDS = {kinds.DFLASH: "DFlashSpeculator", kinds.DFLASH2: "DFlash2DraftModel", kinds.DSPARK: "DSparkSpeculator"}
 
 
 def write(drafter: BlockDrafter, folder: Path, ends: TargetEnds | None) -> tuple[str, ...]:
@@ -55,7 +55,7 @@ def write(drafter: BlockDrafter, folder: Path, ends: TargetEnds | None) -> tuple
     """
     if ends is None:
         raise ValueError("the speculators layout names the target and its architecture; add --target")
-    config, kind = drafter.config, dflash.kind_of(drafter.config)
+    config, kind = drafter.config, kinds.kind_of(drafter.config)
     if (config.causal or config.sliding_causal) and len(set(config.sliding_layers)) < config.num_draft_layers:
         raise ValueError(
             "this drafter is causal, and layers with full attention see the whole block in the speculators package; export it with "
@@ -73,7 +73,7 @@ def write(drafter: BlockDrafter, folder: Path, ends: TargetEnds | None) -> tuple
     tensors = public_tensors(drafter, ends, with_membership=True)
     write_files(folder, as_text(_fields(drafter, kind, ends)), tensors)
     refuse_difference(drafter, read(read_fields(folder), read_tensors(folder), ends, str(folder)), folder)
-    return (*speculators.path_note(ends), *last_block_note(config), *dflash.engine_notes(config))
+    return (*speculators.path_note(ends), *last_block_note(config), *kinds.engine_notes(config))
 
 
 def _fields(drafter: BlockDrafter, kind: str, ends: TargetEnds) -> dict[str, Any]:
@@ -93,11 +93,11 @@ def _fields(drafter: BlockDrafter, kind: str, ends: TargetEnds) -> dict[str, Any
         "tie_word_embeddings": False,
         "torch_dtype": dtype,
     }
-    if kind == dflash.DSPARK:
+    if kind == kinds.DSPARK:
         fields |= {"markov_rank": config.correction_rank, "markov_head_type": MARKOV_TYPES[config.correction]}
-        fields |= dflash.confidence_fields(config)
-    if kind == dflash.DFLASH2:
-        fields |= dflash.selector_fields(config)
+        fields |= kinds.confidence_fields(config)
+    if kind == kinds.DFLASH2:
+        fields |= kinds.selector_fields(config)
     return fields
 
 
@@ -106,7 +106,7 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
 
     Raises:
         ValueError: another layer than Qwen3's, a DSpark that does not say which slot predicts first, tensors of another target, and
-            whatever :func:`dflash.read` refuses.
+            whatever :func:`dflash_reader.read` refuses.
     """
     check_fields(fields, {_LAYERS: OBJECT}, f"{where}: {CONFIG}", "correct it by hand", required=(_LAYERS,))
     layer = _named(fields[_LAYERS])
@@ -114,17 +114,17 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
         raise ValueError(f"{where}: {_LAYERS} is not a Qwen3 layer's; such a drafter cannot be read")
     kind = fields[SPECULATORS_KEY]
     own = _named({name: value for name, value in fields.items() if name not in (_LAYERS, SPECULATORS_KEY)})
-    if kind == dflash.DSPARK and "sample_from_anchor" not in own:
+    if kind == kinds.DSPARK and "sample_from_anchor" not in own:
         raise ValueError(
             f"{where} does not say sample_from_anchor, whose default differs between versions of the package; add it by hand: true where "
             "the root's slot predicts the first drafted token"
         )
     # What is not named has the package's default: layers with a sliding window see no later slot, but for those of a DFlash 2.
-    package = {"projector_type": kind, "sliding_window_non_causal": kind == dflash.DFLASH2}
+    package = {"projector_type": kind, "sliding_window_non_causal": kind == kinds.DFLASH2}
     # The package may leave out what equals Qwen3's defaults.
     defaults = {name: getattr(Qwen3Config(), name) for name in SIZES[:2]}
     flat = {**defaults, **layer, **package, **own, "is_causal": False}
-    return dflash.read(flat, speculators.without_verifier(tensors, ends, where), ends, where)
+    return dflash_reader.read(flat, speculators.without_verifier(tensors, ends, where), ends, where)
 
 
 def _named(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def holds(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
 
 def _commands(target: str, num_steps: int) -> str:
     return (
-        f"{vllm(dflash.DFLASH, target, num_steps)}\n\nFor a drafter with a correction, the method is `{dflash.DSPARK}`."
+        f"{vllm(kinds.DFLASH, target, num_steps)}\n\nFor a drafter with a correction, the method is `{kinds.DSPARK}`."
     )
 
 
