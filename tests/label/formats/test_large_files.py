@@ -96,7 +96,7 @@ def test_a_full_temporary_folder_is_named_with_what_to_set(tmp_path: Path, monke
     monkeypatch.setenv("SQLITE_TMPDIR", str(tmp_path))
     answer = ORIGIN.answer("q", "a", ORIGIN.label("person", None), "row")
     with Repeats() as repeats:
-        repeats._index.execute("PRAGMA max_page_count = 3")
+        repeats.execute("PRAGMA max_page_count = 3")
         numbered_answers = (replace(answer, id=f"a{number}") for number in range(10_000))
         with pytest.raises(ValueError, match="SQLITE_TMPDIR or TMPDIR") as caught:
             list(map(repeats.agreeing, numbered_answers))
