@@ -44,6 +44,7 @@ from draftsmith.models.target.ends import TargetEnds
 
 NESTED = "dflash_config"
 """The field that holds those of its own."""
+_WITH_MARKOV, _CONFIDENCE = "confidence_head_with_markov", "confidence_head.proj.weight"
 _IDS: Rule = (
     lambda value: isinstance(value, list) and bool(value) and all(is_whole(number, 0) for number in value),
     "a list of whole numbers",
@@ -70,7 +71,7 @@ _RULES: dict[str, Rule] = {
     "selector_rank": COUNT,
     "selector_top_k": COUNT,
     "enable_confidence_head": FLAG,
-    "confidence_head_with_markov": FLAG,
+    _WITH_MARKOV: FLAG,
     "output_multiplier": POSITIVE,
     "final_logit_softcapping": NOT_NEGATIVE,
 }
@@ -107,7 +108,7 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
     settings = qwen3_settings({**fields, **{name: flat[name] for name in _WINDOWS if name in flat}}, where)
     config = BlockConfig(
         **settings,
-        **_correction(flat, where),
+        **_correction(flat, settings["hidden_size"], tensors, where),
         layers=layer_names(_counts(flat, where), num_layers(ends), where),
         block_size=_required(flat, "block_size", where),
         mask_token_id=_required(flat, "mask_token_id", where),
@@ -184,8 +185,8 @@ def _refuse_other_computation(flat: Mapping[str, Any], where: str) -> None:
     faults = [f"{name} {flat[name]!r}" for name, value in _FIXED.items() if name in flat and flat[name] != value]
     if flat.get("projector_type", DFLASH) not in (DFLASH, DFLASH2, DSPARK, DOMINO):
         faults.append(f"projector_type {flat['projector_type']!r}")
-    if flat.get("enable_confidence_head") and flat.get("confidence_head_with_markov") and not flat.get("markov_rank"):
-        faults.append(f"confidence_head_with_markov True with markov_rank {flat.get('markov_rank', 0)}")
+    if flat.get("enable_confidence_head") and flat.get(_WITH_MARKOV) and not flat.get("markov_rank"):
+        faults.append(f"{_WITH_MARKOV} True with markov_rank {flat.get('markov_rank', 0)}")
     if faults:
         raise ValueError(
             f"{where} asks for {', '.join(faults)}, which our block drafters do not have; it cannot be read"
@@ -259,11 +260,11 @@ def _causality(flat: Mapping[str, Any], settings: Mapping[str, Any], where: str)
     return {"causal": bool(values and values.pop()), "sliding_causal": of_windows and "sliding_layers" in settings}
 
 
-def _correction(flat: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _correction(flat: Mapping[str, Any], D: int, tensors: Mapping[str, Tensor], where: str) -> dict[str, Any]:
     """The keyword arguments of :class:`BlockConfig` about correction and confidence, and which slot predicts first.
 
     Raises:
-        ValueError: a Domino that does not say which slot predicts first, or which are not corrected.
+        ValueError: a Domino that does not say which slot predicts first, or which are not corrected; or what :func:`_confidence` refuses.
     """
     if flat.get("projector_type") == DOMINO:
         if absent := [name for name in ("shift_label", "pure_draft_prefix_len") if name not in flat]:
@@ -289,14 +290,36 @@ def _correction(flat: Mapping[str, Any], where: str) -> dict[str, Any]:
     rank = flat.get("markov_rank", 0)
     is_dspark = bool(rank) or flat.get("projector_type") == DSPARK or named_kind(flat) == "DSpark"
     kinds: dict[str, CorrectionKind] = {theirs: ours for ours, theirs in MARKOV_TYPES.items()}  # type: ignore[misc]
-    has_confidence = flat.get("enable_confidence_head", False)
     return {
         "sample_from_anchor": flat.get("sample_from_anchor", is_dspark),
-        "confidence": has_confidence,
-        # Without a Markov head there is no row to read, whatever stands here.
-        "confidence_with_markov": not (has_confidence and rank) or flat.get("confidence_head_with_markov", True),
+        **_confidence(flat, D, tensors, where),
         **({"correction": kinds[flat.get("markov_head_type", "vanilla")], "correction_rank": rank} if rank else {}),
     }
+
+
+def _confidence(flat: Mapping[str, Any], D: int, tensors: Mapping[str, Tensor], where: str) -> dict[str, bool]:
+    """The keyword arguments of :class:`BlockConfig` about confidence.
+
+    Whether the head reads the token before its slot shows in the width of its weight, [1, D + r] or [1, D]. Defaults of the field differ
+    between the speculators package and engines.
+
+    Raises:
+        ValueError: the field contradicts the width.
+    """
+    has_confidence, rank = flat.get("enable_confidence_head", False), flat.get("markov_rank", 0)
+    if not (has_confidence and rank):
+        # Without a Markov head there is no row to read, whatever the field says.
+        return {"confidence": has_confidence, "confidence_with_markov": True}
+    shape = list(tensors[_CONFIDENCE].shape) if _CONFIDENCE in tensors else []
+    shown = shape == [1, D + rank]
+    if not shown and shape != [1, D]:  # the check of all tensors says so
+        return {"confidence": True, "confidence_with_markov": flat.get(_WITH_MARKOV, True)}
+    if flat.get(_WITH_MARKOV, shown) != shown:
+        raise ValueError(
+            f"{where}: {CONFIG} has {_WITH_MARKOV} {not shown}, and {_CONFIDENCE} is {shape}, as with {shown} (hidden_size {D}, "
+            f"markov_rank {rank}); correct the field, or take both files of one export"
+        )
+    return {"confidence": True, "confidence_with_markov": shown}
 
 
 def _required(flat: Mapping[str, Any], name: str, where: str) -> int:

@@ -25,6 +25,7 @@ from draftsmith.models.drafters.drafter_folder import TargetBond, load_drafter
 from draftsmith.models.families.block import BlockDrafter
 
 STEPS, MASK = 3, 63
+HEAD = "confidence_head.proj.weight"
 WINDOWS: dict[str, Any] = {"sliding_window": 5, "sliding_layers": [0, 1]}
 WITHOUT_MARKOV: dict[str, Any] = {"confidence": True, "confidence_with_markov": False}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -167,12 +168,35 @@ def test_a_confidence_head_that_reads_no_token_says_so(target: Target, tmp_path:
     assert (fields["enable_confidence_head"], fields["confidence_head_with_markov"]) == (True, False)
     assert load_file(tmp_path / "model.safetensors")["confidence_head.proj.weight"].shape == (1, 32)
     assert any("reads no token" in note for note in notes)
-    rewritten(tmp_path, confidence_head_with_markov=True)
-    with pytest.raises(ValueError, match=r"confidence_head\.proj\.weight"):
+
+
+@pytest.mark.parametrize("with_markov", [True, False])
+@pytest.mark.parametrize("layout", ["dspark", "speculators"])
+def test_the_width_of_a_confidence_head_says_whether_it_reads_a_token(
+    target: Target, tmp_path: Path, layout: str, with_markov: bool
+) -> None:
+    drafter = made(target, correction="vanilla", confidence=True, confidence_with_markov=with_markov)
+    write(drafter, tmp_path, layout, target.ends)
+    for named in (with_markov, None):  # with the field, and without it
+        rewritten(tmp_path, confidence_head_with_markov=named)
+        again = load_any(tmp_path, target.ends)
+        assert again.config.confidence_with_markov is with_markov
+        assert torch.equal(tensors_of(again)[HEAD], tensors_of(drafter)[HEAD])
+    rewritten(tmp_path, confidence_head_with_markov=not with_markov)
+    width = 32 + 5 if with_markov else 32
+    message = rf"confidence_head_with_markov {not with_markov}, and {HEAD} is \[1, {width}\], as with {with_markov}"
+    with pytest.raises(ValueError, match=message):
         load_any(tmp_path, target.ends)
-    rewritten(tmp_path, confidence_head_with_markov=None)  # true in the package and in engines
-    with pytest.raises(ValueError, match=r"confidence_head\.proj\.weight"):
-        load_any(tmp_path, target.ends)
+
+
+def test_a_confidence_head_of_neither_width_is_an_error(target: Target, tmp_path: Path) -> None:
+    write(made(target, correction="vanilla", confidence=True), tmp_path, "dspark", target.ends)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({**tensors, HEAD: torch.zeros(1, 35)}, tmp_path / "model.safetensors")
+    for named in (True, False, None):
+        rewritten(tmp_path, confidence_head_with_markov=named)
+        with pytest.raises(ValueError, match=rf"{HEAD} is float32 \[1, 35\]"):
+            load_any(tmp_path, target.ends)
 
 
 def test_speculators_layers_see_the_whole_block_in_vllm_too(target: Target, tmp_path: Path) -> None:
