@@ -22,22 +22,22 @@ from pathlib import Path
 
 from benchmarks.drafters.recipes import RECIPES
 from benchmarks.drafters.recipes import train as train_head
+from benchmarks.judge.lanes import Stage, Stages
 from benchmarks.judge.page import FIRST_ERRORS, OUT_OF_DOMAIN, publish
-from benchmarks.judge.reports import NARROW, measure
+from benchmarks.judge.reports import NARROW, races, reports
 from benchmarks.judge.stages import (
     DRAFT,
     STATE,
     TARGET,
-    Judged,
-    Stages,
     asked_in,
     cached,
+    judge_folder,
     judged,
     trained,
     with_operation,
     write_problems,
 )
-from benchmarks.judge.tuned import HEAD_SHAPES, SHAPE, tune_all
+from benchmarks.judge.tuned import HEAD_SHAPES, SHAPE, tuning
 from benchmarks.judge.tuned import THRESHOLDS as TRIED
 from draftsmith.data.cache.extract import extract
 from draftsmith.data.prompts import PromptSelection
@@ -57,6 +57,21 @@ FULL = {"train": 2400, "held": 200, "test": 500, "mine": 200, "rounds": 800, "tu
 FEWEST = {"mine": 200, "rounds": 2 * ROUNDS, "tuning": 12}
 LICENCE = EntryOptions(licence="Apache-2.0")
 ANSWERS = DrawOptions(max_new_tokens=200)
+LONGEST_PATH = (
+    *("problems", "answers-train", "corrupt", "cache-corrupted", "cache-checker"),
+    *(
+        "replies",
+        "train-redrafter",
+        "train-eagle",
+        "train-corrupted",
+        "rounds",
+        "tune-draft_lm",
+        "tune-price",
+        "report",
+        "compiler",
+    ),
+)
+"""What the end waits for: of the stages that could begin, these do first."""
 
 
 def run(options: argparse.Namespace) -> None:
@@ -66,88 +81,108 @@ def run(options: argparse.Namespace) -> None:
     # Few mined tokens are wrong, and a judge must find some of these: fewer questions would be too few.
     counts = {name: max(FEWEST.get(name, 8), int(options.scale * full)) for name, full in FULL.items()}
     stages.check_plan({"counts": counts, "rounds": ROUNDS, "thresholds": list(TRIED)})
-    stages.once("problems", lambda: write_problems(work, counts))
-    labels(stages)
-    heads(stages, options)
-    judges = learnt(stages, counts, options)
-    if OUT_OF_DOMAIN not in options.without:
-        judges[NARROW] = narrow(stages)
-    tune_all(stages, judges[f"+ {ROUNDS} rounds"].folder, options.scale)
-    measure(stages, judges, FIRST_ERRORS not in options.without, OUT_OF_DOMAIN not in options.without)
-    human = people(stages, options) if options.people else None
-    publish(stages, judges | ({"people's labels, chat-6m's states": human} if human else {}), options)
+    judges, plan = planned(work, counts, options)
+    stages.run(sorted(plan, key=_turn))
+    stages.run(races(work), at_once=1)
+    publish(stages, {name: judged(folder) for name, folder in judges.items()}, options)
 
 
-def labels(stages: Stages) -> None:
+def _turn(stage: Stage) -> int:
+    return LONGEST_PATH.index(stage.name) if stage.name in LONGEST_PATH else len(LONGEST_PATH)
+
+
+def planned(work: Path, counts: dict[str, int], options: argparse.Namespace) -> tuple[dict[str, Path], list[Stage]]:
+    """The judges by the name that the page gives them, and all stages but the races."""
+    judges, learning = learnt(work, counts, options.scale)
+    out_of_domain = OUT_OF_DOMAIN not in options.without
+    last = judges[f"+ {ROUNDS} rounds"]
+    trainings = [stage.name for stage in learning]
+    if out_of_domain:
+        judges[NARROW] = judge_folder(work, "no-division")
+    plan = [
+        Stage("problems", lambda: write_problems(work, counts)),
+        *labels(work),
+        *heads(work, options.scale),
+        *learning,
+        *(narrow(work) if out_of_domain else []),
+        *tuning(work, last, options.scale),
+        *reports(work, judges, trainings, FIRST_ERRORS not in options.without, out_of_domain),
+    ]
+    if options.people:
+        judges["people's labels, chat-6m's states"] = judge_folder(work, "people")
+        plan += people(work, options.data)
+    return judges, plan
+
+
+def labels(work: Path) -> list[Stage]:
     """Answers of target and draft LM with the checker's labels, spoiled answers, mined tokens; and the states of all."""
-    work = stages.work
     answers, held = work / "answers" / "answers.jsonl", work / "held-answers" / "answers.jsonl"
-    models = (TARGET, DRAFT)
-    stages.once(
-        "answers-train",
-        lambda: generate(work / "train.jsonl", models, "embedded", work / "answers", entry=LICENCE, pairs=True),
-    )
-    stages.once(
-        "answers-held",
-        lambda: generate(work / "held.jsonl", (DRAFT,), "embedded", work / "held-answers", entry=LICENCE),
-    )
+
+    def answer() -> None:
+        generate(work / "train.jsonl", (TARGET, DRAFT), "embedded", answers.parent, entry=LICENCE, pairs=True)
+
+    def answer_held() -> None:
+        generate(work / "held.jsonl", (DRAFT,), "embedded", held.parent, entry=LICENCE)
 
     def spoil() -> None:
         asked = asked_in(work / "train.jsonl", answers, work / "asked.jsonl")
         corrupt(asked, work / "corrupted.jsonl", "embedded", licence="Apache-2.0")
 
-    stages.once("corrupt", spoil)
-    cached(stages, "checker", answers)
-    cached(stages, "corrupted", work / "corrupted.jsonl")
-    cached(stages, "held", held)
-    mining = MiningOptions(max_new_tokens=160, batch_rows=32)
-    stages.once("mine", lambda: mine(TARGET, DRAFT, work / "mine.jsonl", work / "mined", mining=mining))
-    stages.once("cache-mined", lambda: extract(TARGET, work / "mined" / "rows.jsonl", work / "mined" / "cache"))
+    def mined() -> None:
+        mining = MiningOptions(max_new_tokens=160, batch_rows=32)
+        mine(TARGET, DRAFT, work / "mine.jsonl", work / "mined", mining=mining)
+
+    return [
+        Stage("answers-train", answer, ("problems",)),
+        Stage("answers-held", answer_held, ("problems",)),
+        Stage("corrupt", spoil, ("answers-train",)),
+        cached(work, "checker", "answers-train", answers),
+        cached(work, "corrupted", "corrupt", work / "corrupted.jsonl"),
+        cached(work, "held", "answers-held", held),
+        Stage("mine", mined, ("problems",)),
+        Stage(
+            "cache-mined",
+            lambda: extract(TARGET, work / "mined" / "rows.jsonl", work / "mined" / "cache"),
+            ("mine",),
+        ),
+    ]
 
 
-def heads(stages: Stages, options: argparse.Namespace) -> None:
+def heads(work: Path, scale: float) -> list[Stage]:
     """A ReDrafter and an EAGLE-1, trained on the target's own replies."""
-    work = stages.work
 
     def replies() -> None:
         respond(
             TARGET,
             work / "train.jsonl",
             work / "replies",
-            selection=PromptSelection(limit=max(64, int(options.scale * 800))),
+            selection=PromptSelection(limit=max(64, int(scale * 800))),
             reply=ReplyOptions(max_new_tokens=160),
             batches=BatchOptions(batch_rows=64),
         )
         extract(TARGET, work / "replies", work / "replies-cache")
 
-    stages.once("replies", replies)
-    steps = max(20, int(options.scale * 800))
-    for name in HEAD_SHAPES:
-        stages.once(
+    def head(name: str) -> Stage:
+        steps = max(20, int(scale * 800))
+        return Stage(
             f"train-{name}",
-            lambda name=name: train_head(RECIPES[name], TARGET, work / "replies-cache", work / name, steps=steps),  # type: ignore[misc]
+            lambda: train_head(RECIPES[name], TARGET, work / "replies-cache", work / name, steps=steps),
+            ("replies",),
         )
 
+    return [Stage("replies", replies, ("problems",)), *map(head, HEAD_SHAPES)]
 
-def learnt(stages: Stages, counts: dict[str, int], options: argparse.Namespace) -> dict[str, Judged]:
-    """Judges by what they read and learn from, and by how many questions; then the rounds with every drafter."""
-    work = stages.work
-    pairs, spoiled = work / "checker", work / "corrupted"
-    judges = {
-        "state": trained(stages, "state", [pairs], feature=STATE),
-        "state + opinion": trained(stages, "opinion", [pairs]),
-    }
-    for size in SIZES:
-        questions = int(max(6, options.scale * size))
-        judges[f"+ corrupted, {size} questions"] = trained(stages, f"corrupted-{size}", [pairs, spoiled], questions)
-    judges["+ corrupted"] = trained(stages, "corrupted", [pairs, spoiled])
-    stages.once(
-        "rounds",
-        lambda: judge_rounds(
+
+def learnt(work: Path, counts: dict[str, int], scale: float) -> tuple[dict[str, Path], list[Stage]]:
+    """Judges by what they read and learn from, and by how many questions; then the rounds with every drafter. And their trainings."""
+    parts = ["checker", "corrupted"]
+
+    def rounds() -> None:
+        judge_rounds(
             TARGET,
-            judges["+ corrupted"].folder,
-            [pairs / "rows.jsonl", spoiled / "rows.jsonl"],
-            [pairs / "cache", spoiled / "cache"],
+            judge_folder(work, "corrupted"),
+            [work / part / "rows.jsonl" for part in parts],
+            [work / part / "cache" for part in parts],
             [DRAFT, *(str(work / name / "drafter") for name in HEAD_SHAPES)],
             work / "rounds.jsonl",
             work / "rounds",
@@ -156,41 +191,57 @@ def learnt(stages: Stages, counts: dict[str, int], options: argparse.Namespace) 
             licence="Apache-2.0",
             course=RoundOptions(rounds=ROUNDS, questions=counts["rounds"] // ROUNDS, batch_rows=64),
             draw=ANSWERS,
-        ),
-    )
+        )
+
+    sizes = {f"+ corrupted, {size} questions": f"corrupted-{size}" for size in SIZES}
+    names = {"state": "state", "state + opinion": "opinion", **sizes, "+ corrupted": "corrupted"}
+    judges = {said: judge_folder(work, name) for said, name in names.items()}
     for number in range(1, ROUNDS + 1):
         name = f"+ {number} round{'s' if number > 1 else ''}"
-        judges[name] = judged(work / "rounds" / f"round-{number}" / "judge")
-    judges["mined"] = trained(stages, "mined", [work / "mined"])
-    return judges
+        judges[name] = work / "rounds" / f"round-{number}" / "judge"
+    judges["mined"] = judge_folder(work, "mined")
+    stages = [
+        trained(work, "corrupted", parts),
+        Stage("rounds", rounds, ("train-corrupted", *(f"train-{name}" for name in HEAD_SHAPES))),
+        trained(work, "state", ["checker"], feature=STATE),
+        trained(work, "opinion", ["checker"]),
+        *(trained(work, f"corrupted-{size}", parts, int(max(6, scale * size))) for size in SIZES),
+        trained(work, "mined", ["mined"]),
+    ]
+    return judges, stages
 
 
-def narrow(stages: Stages) -> Judged:
-    """A judge that learnt without division, to be tested on it."""
-    work, parts = stages.work, []
-    for name, answers in (("checker", work / "answers" / "answers.jsonl"), ("corrupted", work / "corrupted.jsonl")):
-        part = work / f"{name}-no-division.jsonl"
-        stages.once(
-            f"narrow-{name}",
-            lambda answers=answers, part=part: with_operation(answers, part, "/", False),  # type: ignore[misc]
-        )
-        parts.append(cached(stages, f"{name}-no-division", part))
-    return trained(stages, "no-division", parts)
+def narrow(work: Path) -> list[Stage]:
+    """A judge that learns without division, to be tested on it."""
+    answers = {"checker": ("answers-train", work / "answers" / "answers.jsonl")}
+    answers["corrupted"] = "corrupt", work / "corrupted.jsonl"
+
+    def part(name: str) -> list[Stage]:
+        (after, file), kept = answers[name], work / f"{name}-no-division.jsonl"
+        left_out = Stage(f"narrow-{name}", lambda: with_operation(file, kept, "/", False), (after,))
+        return [left_out, cached(work, f"{name}-no-division", left_out.name, kept)]
+
+    return [
+        *part("checker"),
+        *part("corrupted"),
+        trained(work, "no-division", [f"{name}-no-division" for name in answers]),
+    ]
 
 
-def people(stages: Stages, options: argparse.Namespace) -> Judged:
+def people(work: Path, data: Path) -> list[Stage]:
     """A judge on people's labels of other models' solutions, with chat-6m's states: does it run, and what is it worth?"""
-    work, target = stages.work, str(options.data / "models" / "chat-6m")
-    store = work / "people.db"
+    target, store = str(data / "models" / "chat-6m"), work / "people.db"
 
     def read() -> None:
         # The sets in which people marked the place of the first error.
-        for source in sorted((options.data / "judge").glob("[bp]*.jsonl")):
+        for source in sorted((data / "judge").glob("[bp]*.jsonl")):
             import_answers(source, str(store), entry=EntryOptions(licence="see the source"))
 
-    stages.once("people-import", read)
-    folder = cached(stages, "people", store=store, target=target)
-    return trained(stages, "people", [folder], target=target)
+    return [
+        Stage("people-import", read),
+        cached(work, "people", "people-import", store=store, target=target),
+        trained(work, "people", ["people"], target=target),
+    ]
 
 
 def _options(words: Sequence[str] | None = None) -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""Who said the first wrong token of each wrong answer of the judge's benchmark: the target itself, or the draft by the rule.
+"""Who said the first wrong token of each wrong answer of the tuned judge: the target itself, or the draft by the rule.
 
     python -m benchmarks.judge.first_errors --work runs/judge
 
@@ -27,21 +27,20 @@ from draftsmith.models.tree.shapes import parse_shape
 
 
 def first_errors(work: Path) -> None:
-    """Who said the first wrong token of each wrong answer: the target itself, or the draft by the rule."""
+    """Who said the first wrong token of each wrong answer: the target itself, or the draft by the rule.
+
+    Without a rule, as in lossless decoding, it is always the target.
+    """
     target, tokenizer, drafter = Target.load(TARGET), load_tokenizer(TARGET), load_draft_lm(DRAFT)
     rows = [row for _, row in read_jsonl(work / "test.jsonl")]
     samples = read_samples(work / "test.jsonl", tokenizer)
     settings = GenerationSettings(200, eos_token_ids=target.eos_token_ids)
-    by_rule = {}
-    for name, rule in (("lossless", "lossless"), ("judge, tuned", f"judge:{work / TUNED / 'judge'}")):
-        engine, counts = Engine(target, drafter, parse_shape(SHAPE), rule=parse_rule(rule)[1]), Counter[str]()
-        prompts = [list(sample.prompt_ids) for sample in samples]
-        room = max(map(len, prompts)) + 200
-        replies = dict(engine.stream(list(enumerate(prompts)), settings, 64, room))
-        for number, row in enumerate(rows):
-            counts[who_erred(row, replies[number], tokenizer)] += 1
-        by_rule[name] = counts
-    atomic_write(work / "first-errors.json", json.dumps(by_rule))
+    engine = Engine(target, drafter, parse_shape(SHAPE), rule=parse_rule(f"judge:{work / TUNED / 'judge'}")[1])
+    prompts = [list(sample.prompt_ids) for sample in samples]
+    room = max(map(len, prompts)) + 200
+    replies = dict(engine.stream(list(enumerate(prompts)), settings, 64, room))
+    counts = Counter(who_erred(row, replies[number], tokenizer) for number, row in enumerate(rows))
+    atomic_write(work / "first-errors.json", json.dumps({"judge, tuned": counts}))
 
 
 def who_erred(row: dict[str, Any], reply: Generation, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -11,7 +11,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from benchmarks.judge.stages import DRAFT, TARGET, Judged, Stages
+from benchmarks.judge.lanes import Stages
+from benchmarks.judge.stages import DRAFT, TARGET, Judged
 from benchmarks.judge.tuned import HEAD_SHAPES, SHAPE
 from draftsmith import provenance
 from draftsmith.files import atomic_write
@@ -20,6 +21,9 @@ FIRST_ERRORS, OUT_OF_DOMAIN = "first-errors", "out-of-domain"
 """Parts of the benchmark that a run can leave out."""
 LEAST_TIMES, MOST_LOST, LEAST_SPEEDUP = 2.5, 1.0, 2.0
 """The goals: times lossless decoding's accepted tokens, points of right answers, speed-up over plain decoding."""
+
+
+ERRORS_SAID = "In plain and in lossless decoding, every token is the target's own choice."
 
 
 def publish(stages: Stages, judges: dict[str, Judged], options: argparse.Namespace) -> None:
@@ -54,17 +58,20 @@ def publish(stages: Stages, judges: dict[str, Judged], options: argparse.Namespa
         f"Speeds are those of {rows_of(work / 'race-draft_lm')[0]['problems']} of the problems, one at a time, each rule in turn. "
         "Where cycles are compiled, so is plain decoding.",
         *tuning_sections(work),
+        "Tuning ran on one thread, beside another stage. Its times only choose between shapes.",
         "## What a judge reads and learns from",
         judges_table(judges),
         "Each at the threshold that its training chose, over the test problems:",
         section(work / "report-judges"),
         "The rounds:",
         section(work / "rounds", "rounds.md"),
-        *(["## Whose errors they are", errors_table(work)] if FIRST_ERRORS not in options.without else []),
+        *(["## Whose errors they are", ERRORS_SAID, errors_table(work)] if FIRST_ERRORS not in options.without else []),
         *(out_of_domain(work) if OUT_OF_DOMAIN not in options.without else []),
         "## Mining",
         mining(work),
         "## Time",
+        "Stages ran side by side, each on one thread, as many at once as there are cores. So their seconds add up to more than the "
+        "clock's. Races ran last, one at a time, on all cores.",
         time_table(stages),
         "## The machine",
         "\n".join(
@@ -144,8 +151,8 @@ def drafters_table(work: Path) -> str:
     ]
     for name in ("draft_lm", *HEAD_SHAPES):
         raced = rows_of(work / f"race-{name}")
-        compiled = rows_of(work / "race-compiled") if name == "draft_lm" else [None] * len(raced)
-        for row, timed, fused in zip(rows_of(work / f"report-{name}"), raced, compiled, strict=True):
+        compiled = {row["rule"]: row for row in rows_of(work / "race-compiled")} if name == "draft_lm" else {}
+        for row, timed in zip(rows_of(work / f"report-{name}"), raced, strict=True):
             if row["rule"] == "plain":
                 continue
             rule = row["rule"]
@@ -154,7 +161,7 @@ def drafters_table(work: Path) -> str:
                 rule = f"{rule}, {setting} (lossy)"
             change = _change(row).replace(" points (95 % bounds ", " (") if row["lossy"] else "-"
             cells = [name, row["shape"], rule, f"{100 * row['accuracy']:.1f} %", change]
-            cells += [f"{row['accepted_per_cycle']:.2f}", _speed(timed), _speed(fused)]
+            cells += [f"{row['accepted_per_cycle']:.2f}", _speed(timed), _speed(compiled.get(row["rule"]))]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -228,13 +235,12 @@ def price_section(report: Path) -> str:
 
 def spent_text(stages: Stages) -> str:
     """How long all stages took."""
-    spent = [each for name, each in stages.spent().items() if "." not in name]
-    minutes, busy = (sum(each[key] for each in spent) / 60 for key in ("seconds", "processor_seconds"))
-    return f"{minutes:.1f} minutes by the clock, {busy:.1f} minutes of a processor in all"
+    busy = sum(each["processor_seconds"] for each in stages.spent().values()) / 60
+    return f"{stages.clock_seconds() / 60:.1f} minutes by the clock, {busy:.1f} minutes of a processor in all"
 
 
 def time_table(stages: Stages) -> str:
-    """Each stage of a second or more, and the parts of those whose parts ran at once."""
+    """Each stage of a second or more."""
     lines = ["| stage | seconds | seconds of a processor |", "|---|---|---|"]
     for stage, each in stages.spent().items():
         if each["seconds"] >= 1:

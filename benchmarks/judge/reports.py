@@ -1,66 +1,83 @@
 """What is measured on the test problems: `draftsmith judge evaluate` for the price, for each drafter, for each judge, and the races.
 
-Owns which reports there are and how they are run. Does not know the page.
+Owns which reports there are and what each needs. Does not know the page, or which stages run side by side.
 
-Reports count answers, so they run side by side, each on one thread. Beside them the compiler fills its cache for a race. Races come last
-and alone, on all cores.
+Reports count answers, so they may run beside other stages, each on one thread. Beside them the compiler fills its cache for a race. Races
+come last and alone, on all cores.
 """
 
 import json
 import os
+import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.judge.stages import DRAFT, TARGET, Child, Judged, Stages, with_operation
+from benchmarks.judge.first_errors import first_errors
+from benchmarks.judge.lanes import Stage
+from benchmarks.judge.stages import DRAFT, TARGET, with_operation
 from benchmarks.judge.tuned import HEAD_SHAPES, SHAPE, TUNED
+from draftsmith.decode.sampling import DrawOptions
+from draftsmith.evaluate.lossy.lossy_command import WorkloadOptions, evaluate_rules
 from draftsmith.models.judge import load_judge
 
 THRESHOLDS = (0.1, 0.5, 0.9)
 RIVALS = (
-    *("top-k@2", "typical@0.3", "typical@0.09", "kl@1", "kl-unsure@1", "ensemble@0.9", "ensemble@0.7", "fly@0.3"),
-    *("margin@0.3", "margin@1", "everything"),
+    *("top-k@2", "typical@0.3", "typical@0.09", "kl@1", "kl-unsure@1", "ensemble@0.7", "fly@0.3", "margin@1"),
+    "everything",
 )
 RACED = 25
 """Problems of a race."""
 DIVISION = {"division": True, "other": False}
 """Test problems with and without division, by the name of their report."""
+NARROW = "no division"
+"""The judge that learnt from problems without division."""
 LONGEST = 200
 
 
-def measure(stages: Stages, judges: dict[str, Judged], first_errors: bool, out_of_domain: bool) -> None:
-    """All reports, then all races."""
-    work = stages.work
-    children = {
-        # The longest first, so that none runs alone at the end.
-        "compiler": _race(work, "compiler", "draft_lm", compile="on", problems=2),
-        "compare": _report(work, "report", DRAFT, SHAPE, _priced(work), labelled=True),
-        "judges": _report(
-            work,
-            "report-judges",
-            DRAFT,
-            SHAPE,
-            ["lossless", *(f"{name}=judge:{judge.folder}" for name, judge in judges.items() if name != NARROW)],
-            labelled=True,
-        ),
-    }
-    for name in ("draft_lm", *HEAD_SHAPES):
-        children[name] = _report(work, f"report-{name}", *_drafter(work, name))
-    if out_of_domain:
-        rules = ["lossless", *(f"{name}=judge:{judges[name].folder}" for name in ("+ corrupted", NARROW))]
-        for name, wanted in DIVISION.items():
+def reports(
+    work: Path, judges: Mapping[str, Path], trained: Sequence[str], errors: bool, out_of_domain: bool
+) -> list[Stage]:
+    """The longest first; `trained` are the stages that make the judges, by name."""
+
+    def priced() -> None:
+        _report(work, "report", DRAFT, SHAPE, _priced(work), labelled=True)
+
+    def learnt() -> None:
+        rules = [f"{name}=judge:{folder}" for name, folder in judges.items() if name != NARROW]
+        _report(work, "report-judges", DRAFT, SHAPE, rules, labelled=True)
+
+    def drafted(name: str) -> Stage:
+        return Stage(
+            f"report-{name}", lambda: _report(work, f"report-{name}", *_drafter(work, name)), (f"tune-{name}",)
+        )
+
+    def divided(name: str, wanted: bool) -> Stage:
+        def make() -> None:
             with_operation(work / "test.jsonl", work / f"test-{name}.jsonl", "/", wanted)
-            children[name] = _report(work, f"report-{name}", DRAFT, SHAPE, rules, problems=f"test-{name}")
-    if first_errors:
-        words = [sys.executable, "-m", "benchmarks.judge.first_errors", "--work", str(work)]
-        children["first-errors"] = Child(words, work / "first-errors.log")
-    stages.together("reports", children)
-    for name in ("draft_lm", *HEAD_SHAPES):
-        stages.once(f"race-{name}", _race(work, f"race-{name}", name).run)
-    stages.once("race-compiled", _race(work, "race-compiled", "draft_lm", compile="on").run)
+            rules = [f"{each}=judge:{judges[each]}" for each in ("+ corrupted", NARROW)]
+            _report(work, f"report-{name}", DRAFT, SHAPE, ["lossless", *rules], problems=f"test-{name}")
+
+        return Stage(f"report-{name}", make, ("train-corrupted", "train-no-division"))
+
+    stages = [
+        Stage("report", priced, ("tune-price", "cache-held")),
+        Stage("compiler", lambda: _race(work, "compiler", "draft_lm", compile="on", problems=2), ("tune-draft_lm",)),
+        Stage("report-judges", learnt, (*trained, "cache-held")),
+        *map(drafted, ("draft_lm", *HEAD_SHAPES)),
+    ]
+    stages += [Stage("first-errors", lambda: first_errors(work), ("tune-price",))] if errors else []
+    return stages + ([divided(*each) for each in DIVISION.items()] if out_of_domain else [])
 
 
-NARROW = "no division"
-"""The judge that learnt from problems without division."""
+def races(work: Path) -> list[Stage]:
+    """To be run one at a time, after everything else."""
+
+    def raced(name: str) -> Stage:
+        return Stage(f"race-{name}", lambda: _race(work, f"race-{name}", name))
+
+    compiled = Stage("race-compiled", lambda: _race(work, "race-compiled", "draft_lm", compile="on"))
+    return [*map(raced, ("draft_lm", *HEAD_SHAPES)), compiled]
 
 
 def _priced(work: Path) -> list[str]:
@@ -80,32 +97,43 @@ def _drafter(work: Path, name: str) -> tuple[str, str, list[str]]:
     return drafter, shape, ["lossless", f"judge, tuned=judge:{folder / 'judge'}"]
 
 
-def _race(work: Path, report: str, name: str, compile: str = "off", problems: int = RACED) -> Child:
-    """Decodes a few problems against the clock. The compiler keeps what it made on disk, for the same number of threads."""
-    words = _words(work, report, *_drafter(work, name), "test")
-    words += [f"--limit={problems}", f"--timed_problems={problems}", f"--compile={compile}"]
-    return Child(words, work / f"{report}.log", threads=os.cpu_count() or 1)
-
-
 def _report(
     work: Path, report: str, drafter: str, shape: str, rules: list[str], problems: str = "test", labelled: bool = False
-) -> Child:
+) -> None:
     """Counts answers over the problems of a file."""
-    words = [*_words(work, report, drafter, shape, rules, problems), "--timed_problems=0", "--batch_rows=64"]
-    words += [f"--labelled_rows={work / 'held' / 'rows.jsonl'}"] if labelled else []
-    return Child(words, work / f"{report}.log")
+    evaluate_rules(
+        TARGET,
+        drafter,
+        work / f"{problems}.jsonl",
+        "final-number",
+        rules,
+        work / report,
+        shape=shape,
+        labelled_rows=work / "held" / "rows.jsonl" if labelled else None,
+        draw=DrawOptions(max_new_tokens=LONGEST),
+        workload=WorkloadOptions(batch_rows=64, timed_problems=0),
+    )
 
 
-def _words(work: Path, report: str, drafter: str, shape: str, rules: list[str], problems: str) -> list[str]:
+def _race(work: Path, report: str, name: str, compile: str = "off", problems: int = RACED) -> None:
+    """Decodes a few problems against the clock, in a fresh process that computes on all cores.
+
+    The compiler keeps what it made on disk, for the same number of threads. It takes minutes for a rule: the judge's is compiled alone.
+    """
+    drafter, shape, rules = _drafter(work, name)
     settings = {
         "target": TARGET,
         "drafter": drafter,
-        "prompts": work / f"{problems}.jsonl",
+        "prompts": work / "test.jsonl",
         "checker": "final-number",
-        "rules": json.dumps(rules),
+        "rules": json.dumps(rules if compile == "off" else rules[-1:]),
         "shape": shape,
         "out": work / report,
         "max_new_tokens": LONGEST,
+        "limit": problems,
+        "timed_problems": problems,
+        "compile": compile,
     }
     command = [sys.executable, "-c", "import draftsmith.cli; draftsmith.cli.main()", "judge", "evaluate"]
-    return command + [f"--{key}={value}" for key, value in settings.items()]
+    environment = os.environ | {"OMP_NUM_THREADS": str(os.cpu_count() or 1)}
+    subprocess.run([*command, *(f"--{key}={value}" for key, value in settings.items())], env=environment, check=True)

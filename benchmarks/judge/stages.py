@@ -1,19 +1,15 @@
-"""Stages of the judge's benchmark: each runs once, and its result and its time are kept.
+"""What several stages of the judge's benchmark do: rows with their states, trained judges, files of problems.
 
-Owns where a resumed run continues, how judges are trained, and the files of problems. Does not know which judges are compared.
+Does not know which judges are compared, or when a stage runs.
 """
 
 import json
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.judge.lanes import Stage
 from draftsmith import provenance
 from draftsmith.data.cache.extract import extract
 from draftsmith.embedded import write_prompts
@@ -38,101 +34,16 @@ class Judged:
     threshold: float
 
 
-@dataclass
-class Child:
-    """A command of its own process; what it prints goes into a file, which an error quotes.
-
-    Attributes:
-        words: of the command.
-        log: the file.
-        threads: that it computes on.
-        processor_seconds: what it has used; 0.0 before it ended.
-    """
-
-    words: Sequence[str]
-    log: Path
-    threads: int = 1
-    processor_seconds: float = 0.0
-
-    def run(self) -> None:
-        """Runs it to its end."""
-        environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
-        with self.log.open("wb") as log:
-            process = subprocess.Popen(self.words, stdout=log, stderr=subprocess.STDOUT, env=environment)
-            _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        self.processor_seconds = usage.ru_utime + usage.ru_stime
-        if process.returncode:
-            sys.exit(f"{' '.join(self.words)} ended with {process.returncode}:\n{self.log.read_text()[-2000:]}")
-
-
-@dataclass(frozen=True)
-class Stages:
-    """Runs each stage once, and notes how long it took."""
-
-    work: Path
-
-    def once(self, name: str, make: Callable[[], object], child: Child | None = None) -> None:
-        """Makes it unless an earlier run did. Its processor seconds are the child's where there is one, else this process's."""
-        busy_now = _processor_seconds if child is None else lambda: child.processor_seconds
-        stamp = self.work / ".done" / name
-        if stamp.is_file():
-            return
-        # A stage that was stopped resumes where it was, so the seconds of its earlier starts are its own too.
-        begun = self.work / ".begun" / name
-        spent = json.loads(begun.read_text()) if begun.is_file() else {"seconds": 0.0, "processor_seconds": 0.0}
-        started, busy = time.perf_counter(), busy_now()
-        try:
-            make()
-        finally:
-            spent["seconds"] += time.perf_counter() - started
-            spent["processor_seconds"] += busy_now() - busy
-            begun.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(begun, json.dumps(spent) + "\n")
-        stamp.parent.mkdir(parents=True, exist_ok=True)
-        begun.rename(stamp)
-        print(f"{name}: {spent['seconds']:.0f} s, {spent['processor_seconds']:.0f} s of a processor", flush=True)
-
-    def together(self, name: str, children: Mapping[str, Child]) -> None:
-        """Runs several commands, as many at once as there are cores. Each is a part of the stage, and runs once."""
-        done = self.work / ".done"
-        if (done / name).is_file() and not all((done / f"{name}.{part}").is_file() for part in children):
-            (done / name).rename(self.work / ".begun" / name)  # an earlier run left a part out
-
-        def run(part: str) -> None:
-            self.once(f"{name}.{part}", children[part].run, children[part])
-
-        def run_all() -> None:
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                list(pool.map(run, children))
-
-        self.once(name, run_all)
-
-    def check_plan(self, plan: dict[str, Any]) -> None:
-        """Refuses a folder that was begun with another plan; its stages would not fit together."""
-        file, text = self.work / "plan.json", json.dumps(plan, indent=1) + "\n"
-        if not file.is_file():
-            atomic_write(file, text)
-        elif file.read_text() != text:
-            sys.exit(
-                f"{self.work} was begun with another scale, other counts or other thresholds ({file}); remove it, or name another --work"
-            )
-
-    def spent(self) -> dict[str, dict[str, float]]:
-        """Seconds of all stages done so far, by the clock and of the processors. A name with a dot is part of the stage before the dot."""
-        return {stamp.name: json.loads(stamp.read_text()) for stamp in sorted((self.work / ".done").iterdir())}
-
-
-def _processor_seconds() -> float:
-    own = os.times()
-    return own.user + own.system + own.children_user + own.children_system
-
-
 def cached(
-    stages: Stages, name: str, answers: Path | None = None, store: Path | None = None, target: str = TARGET
-) -> Path:
-    """Labelled answers, or a store of them -> rows and the target's states over them, in the folder that is returned."""
-    folder = stages.work / name
+    work: Path,
+    name: str,
+    after: str,
+    answers: Path | None = None,
+    store: Path | None = None,
+    target: str = TARGET,
+) -> Stage:
+    """Labelled answers, or a store of them -> rows and the target's states over them, in the folder of this name."""
+    folder = work / name
 
     def make() -> None:
         # Spoiled answers may all be wrong from their first token on: others are learnt from beside them.
@@ -145,20 +56,19 @@ def cached(
         )
         extract(target, folder / "rows.jsonl", folder / "cache")
 
-    stages.once(f"cache-{name}", make)
-    return folder
+    return Stage(f"cache-{name}", make, (after,))
 
 
 def trained(
-    stages: Stages,
+    work: Path,
     name: str,
-    folders: Sequence[Path],
+    parts: Sequence[str],
     max_questions: int | None = None,
     target: str = TARGET,
     feature: str = STATE_AND_OPINION,
-) -> Judged:
-    """A judge from rows and caches, by the same command as anybody's."""
-    root = stages.work / "judges" / name
+) -> Stage:
+    """A judge from the rows and caches of `cached`, by the same command as anybody's; in `judge_folder`."""
+    root, folders = judge_folder(work, name).parent, [work / part for part in parts]
     settings = {
         "model.init_args.target": target,
         "model.init_args.feature": feature,
@@ -172,11 +82,16 @@ def trained(
     words = [f"--{key}={value}" for key, value in settings.items()]
     callbacks = [f"--trainer.callbacks+={json.dumps(callback)}" for callback in judge_callbacks()]
     config = Path(__file__).parents[2] / "configs" / "judge.yaml"
-    stages.once(
+    return Stage(
         f"train-{name}",
         lambda: train_command(["fit", "--config", str(config), "--trainer.callbacks=[]", *callbacks, *words]),
+        tuple(f"cache-{part}" for part in parts),
     )
-    return judged(root / "judge")
+
+
+def judge_folder(work: Path, name: str) -> Path:
+    """Where `trained` leaves the judge of this name."""
+    return work / "judges" / name / "judge"
 
 
 def judged(folder: Path) -> Judged:

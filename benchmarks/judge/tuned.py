@@ -6,7 +6,8 @@ Owns which settings are tried. Does not know how a setting is tried, or what is 
 import json
 from pathlib import Path
 
-from benchmarks.judge.stages import DRAFT, TARGET, Stages
+from benchmarks.judge.lanes import Stage
+from benchmarks.judge.stages import DRAFT, TARGET
 from draftsmith.data.prompts import PromptSelection
 from draftsmith.decode.sampling import DrawOptions
 from draftsmith.evaluate.lossy.tune_command import SweepOptions, tune_judge
@@ -17,21 +18,21 @@ SHAPE = "1x32"
 HEAD_SHAPES = {"redrafter": "1x5", "eagle": "1x8"}
 TUNED = "tuned-for-price"
 """The folder with the judge at the best setting for `SHAPE`."""
-THRESHOLDS = (0.4, 0.5, 0.6, 0.7, 0.8)
+THRESHOLDS = (0.5, 0.6, 0.7)
 SWEEP = SweepOptions(thresholds=THRESHOLDS, batch_rows=64)
 """Without gates: heads draft less than a line, so a gate of lines would accept nothing under them."""
 
 
-def tune_all(stages: Stages, judge: Path, scale: float) -> None:
-    """Tunes a judge for the draft LM and each head."""
-    work = stages.work
-    for name, shapes in (("draft_lm", ("1x16", SHAPE)), *((name, (shape,)) for name, shape in HEAD_SHAPES.items())):
-        problems = None if name == "draft_lm" else max(12, int(scale * 400))
-        stages.once(
-            f"tune-{name}",
-            lambda name=name, shapes=shapes, problems=problems: tune_judge(  # type: ignore[misc]
+def tuning(work: Path, judge: Path, scale: float) -> list[Stage]:
+    """Tunes the judge of the last round for the draft LM and each head."""
+
+    def tuned(name: str, shapes: tuple[str, ...], problems: int | None) -> Stage:
+        drafter = DRAFT if name == "draft_lm" else str(work / name / "drafter")
+
+        def make() -> None:
+            tune_judge(
                 TARGET,
-                DRAFT if name == "draft_lm" else str(work / name / "drafter"),
+                drafter,
                 judge,
                 work / "tuning.jsonl",
                 work / f"tuned-{name}",
@@ -40,9 +41,16 @@ def tune_all(stages: Stages, judge: Path, scale: float) -> None:
                 sweep=SWEEP,
                 draw=DrawOptions(max_new_tokens=200),
                 selection=PromptSelection(limit=problems),
-            ),
-        )
-    stages.once("tune-price", lambda: keep_best(work, judge))
+            )
+
+        return Stage(f"tune-{name}", make, ("rounds",))
+
+    few = max(12, int(scale * 400))
+    return [
+        tuned("draft_lm", ("1x16", SHAPE), None),
+        Stage("tune-price", lambda: keep_best(work, judge), ("tune-draft_lm",)),
+        *(tuned(name, (shape,), few) for name, shape in HEAD_SHAPES.items()),
+    ]
 
 
 def keep_best(work: Path, judge: Path) -> None:
