@@ -9,10 +9,10 @@
 2. Judges: what they read, what they learn from, how many questions; then `draftsmith judge rounds` with three drafters.
 3. `draftsmith judge tune` on other questions of the training split chooses threshold and shape, for each drafter.
 4. Everything else is measured on problems of the test split, which nothing has seen: the tuned judge beside lossless decoding and every
-   rule without training, each with several settings; each drafter; each judge; problems out of the judge's domain.
+   rule without training; each drafter; each judge; problems out of the judge's domain.
 
 Writes `<date>-judge.md`, `.json` and charts into benchmarks/results/judge/, and the rows into `runs/judge/report.json`. The same command
-resumes a run that was stopped; `rm -r runs/judge` starts again.
+resumes a run that was stopped; `rm -r runs/judge` starts again. Stages run side by side; what each prints is in `runs/judge/logs`.
 """
 
 import argparse

@@ -26,6 +26,7 @@ RIVALS = (
     *("top-k@2", "typical@0.3", "typical@0.09", "kl@1", "kl-unsure@1", "ensemble@0.7", "fly@0.3", "margin@1"),
     "everything",
 )
+"""Of the ensemble and of the margin one setting: a meeker one accepts no token that this one does not."""
 RACED = 25
 """Problems of a race."""
 DIVISION = {"division": True, "other": False}
@@ -81,7 +82,7 @@ def races(work: Path) -> list[Stage]:
 
 
 def _priced(work: Path) -> list[str]:
-    """The tuned judge, lossless decoding and every rule without training, each with several settings."""
+    """The tuned judge, lossless decoding and every rule without training; the judge with other thresholds, too."""
     folder = work / TUNED / "judge"
     own = load_judge(folder).config.threshold
     rules = ["lossless", *RIVALS, f"judge, tuned=judge:{folder}"]
