@@ -1,10 +1,9 @@
-"""What one trains and how one verifies for sampling: losses made of the acceptance, and every lossless rule at equal nodes.
+"""What one trains for sampling: losses made of the acceptance.
 
     python -m benchmarks.drafters.acceptance --cache CACHE      # about half an hour on one core
 
-It trains draft heads for the same number of steps with each loss, and counts tokens per step at temperature 0 and above it. Then it
-verifies the drafts of one of them by every rule. Tokens per step do not depend on what else the machine does. Intervals are bootstraps
-over prompts.
+It trains draft heads for the same number of steps with each loss, and counts tokens per step at temperature 0 and above it. They do not
+depend on what else the machine does. Intervals are bootstraps over prompts.
 
 Data: the folder that `--data` names, with models/chat-6m and replies/chat-6m_test.jsonl, and a cache of chat-6m that
 `draftsmith data extract` made. What it trained and counted is kept in `--work` and used again.
@@ -13,7 +12,6 @@ Data: the folder that `--data` names, with models/chat-6m and replies/chat-6m_te
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -22,7 +20,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from benchmarks.drafters.counting import count
+from benchmarks.drafters.counting import Counted, KeptCounts, count
 from benchmarks.drafters.recipes import ALL_RECIPES, train
 from draftsmith import provenance
 from draftsmith.decode.engine import Engine
@@ -42,37 +40,23 @@ LOSSES: dict[str, dict[str, Any]] = {
 }
 LOSS_SHAPES = {0.0: ["1x5", "10x5n24"], 1.0: ["10x5n24", "s1.1.1.1.1", "s4.1.1.1.1"]}
 """What each loss is judged by, for each temperature: a tree walk and, where there is sampling, rejection along chains and trees."""
-RULES = {
-    "walk, chain": {6: "1x6", 12: "1x12", 24: "1x24"},
-    "walk, dynamic tree": {6: "6x4n6", 12: "10x4n12", 24: "10x5n24"},
-    "p/q, sampled chain": {6: "s1.1.1.1.1.1", 12: "s" + ".".join("1" * 12)},
-    "block verification": {6: "b1.1.1.1.1.1", 12: "b" + ".".join("1" * 12)},
-    "MCSD": {6: "s2.1.1", 12: "s3.1.1.1", 24: "s6.1.1.1"},
-    "MCSD, shallow": {6: "s3.1", 12: "s4.1.1", 24: "s8.1.1"},
-    "K-SEQ": {6: "k2.1.1", 12: "k3.1.1.1", 24: "k6.1.1.1"},
-}
-"""A shape for each rule and number of drafted nodes."""
 
 
 class Counts:
-    """Counted figures, kept in a file between runs."""
+    """The target, its prompts, and what was counted so far."""
 
     def __init__(self, options: argparse.Namespace, target: Target, prompts: list[list[int]]) -> None:
         self.options, self.target, self.prompts = options, target, prompts
-        self.file = options.work / "counts.json"
-        self.kept: dict[str, list[float]] = json.loads(self.file.read_text()) if self.file.is_file() else {}
+        self._kept = KeptCounts(options.work / "counts.json")
 
     def cell(self, drafter: Path, shape: str, temperature: float) -> str:
         """A figure with its interval, as a cell of a table."""
-        key = f"{drafter.parent.name} {shape} {temperature}"
-        if key not in self.kept:
+
+        def decoded() -> Counted:
             engine = Engine(self.target, load_drafter(drafter), parse_shape(shape))
-            counted = count(engine, self.prompts, temperature, self.options.tokens, self.options.seeds)
-            self.kept[key] = [counted.tokens_per_step, *counted.interval]
-            atomic_write(self.file, json.dumps(self.kept, indent=1))
-            print(f"{time.strftime('%H:%M')} {key}: {self.kept[key]}", flush=True)
-        mean, low, high = self.kept[key]
-        return f"{mean:.2f} ({low:.2f} to {high:.2f})"
+            return count(engine, self.prompts, temperature, self.options.tokens, self.options.seeds)
+
+        return self._kept.counted(f"{drafter.parent.name} {shape} {temperature}", decoded).cell()
 
 
 def folder_of(family: str, loss: str) -> str:
@@ -105,16 +89,6 @@ def loss_table(counts: Counts, drafters: dict[str, Path]) -> list[str]:
     return lines
 
 
-def rule_table(counts: Counts, drafter: Path, temperature: float) -> list[str]:
-    """Tokens per step by rule and number of nodes, for one drafter."""
-    sizes = sorted({size for shapes in RULES.values() for size in shapes})
-    lines = ["| rule | " + " | ".join(f"{size} nodes" for size in sizes) + " |", "|---" * (1 + len(sizes)) + "|"]
-    for rule, shapes in RULES.items():
-        cells = [counts.cell(drafter, shapes[size], temperature) if size in shapes else "" for size in sizes]
-        lines.append(f"| {rule} | " + " | ".join(cells) + " |")
-    return lines
-
-
 def main() -> int:
     options = _options()
     options.target = options.data / "models" / "chat-6m"
@@ -126,18 +100,13 @@ def main() -> int:
     load = os.getloadavg()[0]
     drafters = train_all(options)
     counts = Counts(options, Target.load(str(options.target)), prompts[: options.prompts])
-    page = [f"# Losses and rules for sampling, chat-6m, {date.today().isoformat()}", f"`{provenance.command_line()}`"]
+    page = [f"# Losses for sampling, chat-6m, {date.today().isoformat()}", f"`{provenance.command_line()}`"]
     page.append(
         f"{options.steps} steps for each head, {len(counts.prompts)} prompts, {options.tokens} new tokens, {options.seeds} seeds where "
         f"tokens are drawn. Load average at the start: {load:.1f}."
     )
     for family, of_family in drafters.items():
         page += [f"## Losses: {family}", "\n".join(loss_table(counts, of_family))]
-    for family in options.rule_families:
-        for loss in options.rule_losses:
-            for temperature in options.temperatures:
-                page.append(f"## Rules: {family}, `{loss}`, T = {temperature:g}")
-                page.append("\n".join(rule_table(counts, drafters[family][loss], temperature)))
     atomic_write(options.work / "page.md", "\n\n".join(page) + "\n")
     print(options.work / "page.md")
     return 0
@@ -158,11 +127,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("runs/acceptance"))
     parser.add_argument("--families", type=names, default=["eagle", "redrafter"], help="joined by semicolons")
     parser.add_argument("--losses", type=names, default=list(LOSSES), help="joined by semicolons")
-    parser.add_argument("--rule-families", type=names, default=["eagle"], help="empty for no table of rules")
-    parser.add_argument("--rule-losses", type=names, default=["forward_kl", "negative_log_acceptance"])
-    parser.add_argument(
-        "--temperatures", type=lambda text: [float(part) for part in text.split(",")], default=[0.7, 1.0]
-    )
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--prompts", type=int, default=60)
     parser.add_argument("--tokens", type=int, default=96)

@@ -1,13 +1,17 @@
 """Emitted tokens and cycles of every prompt, counted in batches: what the machine does beside it changes neither."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 
 from draftsmith.decode.engine import Engine
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.evaluate.strata.acceptance import ratio_interval
+from draftsmith.files import atomic_write
 
 ROWS = 32
 _RESAMPLES = 2000
@@ -34,6 +38,32 @@ class Counted:
     def interval(self) -> tuple[float, float]:
         """95 % bootstrap over prompts."""
         return ratio_interval(self.emitted, self.cycles)
+
+    def cell(self) -> str:
+        """Tokens per step with the interval, for a table."""
+        low, high = self.interval
+        return f"{self.tokens_per_step:.2f} ({low:.2f} to {high:.2f})"
+
+
+class KeptCounts:
+    """Counts by name, kept in a file between runs.
+
+    Args:
+        file: JSON; written after every count.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._kept = json.loads(file.read_text()) if file.is_file() else {}
+
+    def counted(self, name: str, make: Callable[[], Counted]) -> Counted:
+        """What is kept under a name; counted now where nothing is."""
+        if name not in self._kept:
+            counted = make()
+            self._kept[name] = asdict(counted)
+            atomic_write(self._file, json.dumps(self._kept))
+            print(f"{time.strftime('%H:%M')} {name}: {counted.tokens_per_step:.2f}", flush=True)
+        return Counted(**{field: tuple(values) for field, values in self._kept[name].items()})
 
 
 def count(engine: Engine, prompts: Sequence[list[int]], temperature: float, num_tokens: int, seeds: int = 1) -> Counted:

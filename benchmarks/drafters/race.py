@@ -17,12 +17,11 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
-from typing import Any
 
-from benchmarks.drafters.counting import Counted, count, paired_ratio
+from benchmarks.drafters.counting import Counted, KeptCounts, count, paired_ratio
 from benchmarks.drafters.recipes import ALL_RECIPES, Trained, train
 from draftsmith import provenance
 from draftsmith.data.cache.extract import StorageOptions, extract
@@ -73,8 +72,7 @@ class Race:
         self.target = Target.load(options.target)
         rows = [row for _, row in read_jsonl(options.tests)][: options.prompts]
         self.prompts = [row["prompt_ids"] for row in rows]
-        self.file = options.work / "counts.json"
-        self.kept: dict[str, Any] = json.loads(self.file.read_text()) if self.file.is_file() else {}
+        self.kept = KeptCounts(options.work / "counts.json")
 
     def cache(self) -> Path:
         """The target's states over the training rows, with every layer that a family reads; made once."""
@@ -97,14 +95,12 @@ class Race:
 
     def counted(self, name: str, shape: str, temperature: float) -> Counted:
         """Emitted tokens and cycles of every prompt; counted once."""
-        key = f"{name} {shape} {temperature:g}"
-        if key not in self.kept:
+
+        def decoded() -> Counted:
             engine = Engine(self.target, self.drafter(name), parse_shape(shape))
-            counted = count(engine, self.prompts, temperature, self.options.tokens, self.options.seeds)
-            self.kept[key] = asdict(counted)
-            atomic_write(self.file, json.dumps(self.kept))
-            print(f"{time.strftime('%H:%M')} {key}: {counted.tokens_per_step:.2f}", flush=True)
-        return Counted(**{field: tuple(values) for field, values in self.kept[key].items()})
+            return count(engine, self.prompts, temperature, self.options.tokens, self.options.seeds)
+
+        return self.kept.counted(f"{name} {shape} {temperature:g}", decoded)
 
     def drafter(self, name: str) -> Drafter:
         """Loaded and attached."""
@@ -131,9 +127,7 @@ def count_table(race: Race, names: list[str], temperature: float) -> list[str]:
             if name in UNTRAINED and shape[0] in "bk":
                 cells.append("draws nothing")
                 continue
-            counted = race.counted(name, shape, temperature)
-            low, high = counted.interval
-            cells.append(f"{counted.tokens_per_step:.2f} ({low:.2f} to {high:.2f}) `{shape}`")
+            cells.append(f"{race.counted(name, shape, temperature).cell()} `{shape}`")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
 

@@ -31,7 +31,7 @@ def test_a_recurrent_head_and_a_block_drafter_have_a_table_each(
         str(path("target")), tmp_path / "rows.jsonl", tmp_path / "cache", storage=StorageOptions(layers=tuple(layers))
     )
     words = f"acceptance --data {tmp_path} --cache {tmp_path}/cache --work {tmp_path}/work --families redrafter;block"
-    words += " --rule-families= --steps 2 --prompts 2 --tokens 6 --seeds 1"
+    words += " --steps 2 --prompts 2 --tokens 6 --seeds 1"
     losses = ["l1, text 0.1", "forward_kl, d_pace 0.5"]
     monkeypatch.setattr(sys, "argv", [*words.split(), "--losses", ";".join(losses)])
     assert acceptance.main() == 0
