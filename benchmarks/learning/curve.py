@@ -42,6 +42,7 @@ _EAGLE: dict[str, Any] = {
 }
 _REDRAFTER: dict[str, Any] = {"num_steps": 5, "distillation": "path", "lr": 1e-3}
 _NOISE = {"feature_noise": 0.1}
+_HASS: dict[str, Any] = {"num_steps": 3, "top_k_weight": 1.0}
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Run:
         options: settings of the family that differ.
         redrafter: ReDrafter instead of EAGLE-1.
         text_epochs: over cheap text, before the replies.
+        after: the run whose drafter this one begins with, on the same replies; empty for none.
     """
 
     what: str
@@ -63,6 +65,7 @@ class Run:
     options: dict[str, Any] = field(default_factory=dict)
     redrafter: bool = False
     text_epochs: int = 0
+    after: str = ""
 
     def recipe(self, init_from: Path | None = None) -> Recipe:
         """The whole recipe.
@@ -89,6 +92,8 @@ RUNS = {
     "e4-tokens": Run("four epochs, tokens weigh 1.0", 4, {"logit_weight": 1.0}),
     "e4-average": Run("four epochs, averaged", 4, {"ema_decay": 0.98}),
     "e4-quiet": Run("four epochs, no noise", 4, {}, {"feature_noise": 0.0}),
+    "e4-more": Run("four epochs more", 4, after="e4"),
+    "e4-hass": Run("then two epochs of three steps (HASS)", 2, _HASS, after="e4"),
     "text-e4": Run("cheap text once, four epochs", 4, text_epochs=1),
     "text-e12": Run("cheap text once, twelve epochs", 12, text_epochs=1),
     "text-r4": Run("ReDrafter, cheap text once, four epochs", 4, redrafter=True, text_epochs=1),
@@ -151,8 +156,13 @@ def measured(run: Run, target: str, cache: Path, test: Path, out: Path, text: Pa
     _note_read(out, read, texts)
     if len(texts) > 1:
         _note_read(out / "text", read[:1], texts[:1])
-    before = None if len(texts) == 1 else _train(run, run.text_epochs, target, texts[0], out / "text", None)
-    trained = _train(run, run.epochs, target, cache, out, None if before is None else out / "text" / "drafter")
+    before, first = None, out / "text"
+    if run.after:
+        first = out.parent / run.after
+        before = measured(RUNS[run.after], target, cache, test, first).trained
+    elif run.text_epochs:
+        before = _train(run, run.text_epochs, target, texts[0], first, None)
+    trained = _train(run, run.epochs, target, cache, out, None if before is None else first / "drafter")
     if before is not None:
         tokens, seconds = before.assistant_tokens + trained.assistant_tokens, before.seconds + trained.seconds
         trained = Trained(before.steps + trained.steps, tokens, seconds, trained.parameters)
@@ -161,7 +171,7 @@ def measured(run: Run, target: str, cache: Path, test: Path, out: Path, text: Pa
         manifests[-1].num_labelled,
         trained,
         accepted(out / "drafter", target, test),
-        0 if before is None else manifests[0].num_labelled,
+        manifests[0].num_labelled if run.text_epochs else 0,
         read,
     )
     atomic_write(kept, json.dumps(asdict(result), indent=2) + "\n")

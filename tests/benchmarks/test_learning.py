@@ -111,9 +111,13 @@ def write_cache(folder: Path, target: Path, num_replies: int, first: int = 0) ->
 
 @pytest.fixture
 def few_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two runs of one epoch for a tiny target."""
+    """Runs of one epoch for a tiny target."""
     own = {"options": {"draft_vocab_size": 64}}
-    runs = {"e1": curve.Run("one epoch", 1, **own), "text-e1": curve.Run("text, one epoch", 1, **own, text_epochs=1)}
+    runs = {
+        "e1": curve.Run("one epoch", 1, **own),
+        "e1-more": curve.Run("one epoch more", 1, **own, after="e1"),
+        "text-e1": curve.Run("text, one epoch", 1, **own, text_epochs=1),
+    }
     monkeypatch.setattr(curve, "RUNS", runs)
     monkeypatch.setattr(curve, "TOKENS_PER_BATCH", 64)
 
@@ -125,22 +129,26 @@ def test_every_run_is_made_on_every_corpus_and_cheap_text_comes_before_the_repli
     text, test = write_cache(tmp_path / "text", target, 24, first=7), write_cache(tmp_path / "test", target, 4)
     work = tmp_path / "work"
     words = ["--target", target, "--cache", small, large, "--text", text, "--test", test, "--work", work]
-    arguments = [*map(str, words), "--runs", "e1", "text-e1"]
+    arguments = [*map(str, words), "--runs", "e1-more", "e1", "text-e1"]
     curve.main(arguments)
-    rows = capsys.readouterr().out.splitlines()[-4:]
+    rows = capsys.readouterr().out.splitlines()[-6:]
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     # 8, 16 and 24 samples of 14 tokens each, in batches of 64 tokens
     assert [row[:4] for row in cells] == [
+        ["one epoch more", "96", "0", "4"],
         ["one epoch", "96", "0", "2"],
         ["text, one epoch", "96", "288", "8"],
+        ["one epoch more", "192", "0", "8"],
         ["one epoch", "192", "0", "4"],
         ["text, one epoch", "192", "288", "10"],
     ]
     begun = json.loads((work / "large" / "text-e1" / "drafter" / "provenance.json").read_text())
     assert str(work / "large" / "text-e1" / "text" / "drafter") in json.dumps(begun)
+    more = json.loads((work / "large" / "e1-more" / "drafter" / "provenance.json").read_text())
+    assert str(work / "large" / "e1" / "drafter") in json.dumps(more)
     monkeypatch.setattr(curve, "train", lambda *_, **__: pytest.fail("what is kept is not trained again"))
     curve.main(arguments)
-    assert capsys.readouterr().out.splitlines()[-4:] == rows
+    assert capsys.readouterr().out.splitlines()[-6:] == rows
     with pytest.raises(ValueError, match=r"is of other text than .*large"):
         curve.measured(curve.RUNS["e1"], str(target), large, test, work / "small" / "e1")
 
