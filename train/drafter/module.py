@@ -35,9 +35,9 @@ from draftsmith.train.drafter.batch_seed import batch_seed
 from draftsmith.train.drafter.finite_loss import FiniteLoss, not_finite
 from draftsmith.train.drafter.metrics import means, pool
 from draftsmith.train.drafter.objective import Distillation, Objective, PreparedBatch, inverse_draft_ids, prepare, run
-from draftsmith.train.drafter.score_scale import SCALES, best_scale, surprise_by_scale
 from draftsmith.train.drafter.served_copy import ServedCopy, pop_average
 from draftsmith.train.drafter.starting_drafter import LoraSettings, StartingDrafter
+from draftsmith.train.drafter.text_validation import TextValidation
 from draftsmith.train.drafter.vocabulary_choice import VocabularyChoice
 from draftsmith.train.losses.chunk_rows import chosen_chunk_rows
 from draftsmith.train.losses.divergences import HeadDivergence
@@ -160,7 +160,9 @@ class DraftModule(pl.LightningModule):
         own = Objective(num_steps, distillation, horizon_decay, chunk_rows, *weighed)
         further: dict[str, Any] = {"divergence": divergence, "text_weight": text_weight, "d_pace": d_pace}
         self.objective = replace(own, **further, confidence_weight=confidence_weight, depth_share=depth_share)
-        self.val_objective = Objective(val_steps or num_steps, "none", 1.0, chunk_rows, max_anchors=max_anchors)
+        self.validation = TextValidation(
+            Objective(val_steps or num_steps, "none", 1.0, chunk_rows, max_anchors=max_anchors)
+        )
         check_ratios(warmup_ratio=warmup_ratio, min_lr_ratio=min_lr_ratio)
         _check_numbers(ema_decay, metrics_every)
         self.target, self.revision, self.adapter = target, revision, adapter
@@ -180,8 +182,6 @@ class DraftModule(pl.LightningModule):
         self._copy: ServedCopy | None = None
         self._to_draft = torch.empty(0, dtype=torch.int64)
         self._finite = FiniteLoss()
-        self._val_sums: list[Tensor] = []
-        self._surprise = torch.zeros(len(SCALES))
         self._eos_token_ids: tuple[int, ...] = ()
         self._noise_seed = 0
 
@@ -266,7 +266,7 @@ class DraftModule(pl.LightningModule):
         cache.check_tokenizer(own_tokenizer)
         self.drafter = self._make(data, ends, own_tokenizer)
         self.objective.check(self.drafter)
-        self.val_objective.check(self.drafter)
+        self.validation.objective.check(self.drafter)
         layers = {
             *self.drafter.features,
             *([PRE_NORM] if self.objective.reads_features or self.drafter.has_confidence else []),
@@ -367,7 +367,7 @@ class DraftModule(pl.LightningModule):
         num_draft_tokens = len(self.evaluated.draft_ids())
         rows = chosen_chunk_rows(self.objective.chunk_rows, num_draft_tokens, self.device)
         self.objective = replace(self.objective, chunk_rows=rows)
-        self.val_objective = replace(self.val_objective, chunk_rows=rows)
+        self.validation.objective = replace(self.validation.objective, chunk_rows=rows)
 
     def training_step(self, batch: CacheBatch, batch_idx: int) -> Tensor:
         """Weighted mean loss of one batch; see _step_weights for what the mean is over.
@@ -409,8 +409,7 @@ class DraftModule(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Forgets the sums of the last validation."""
-        self._val_sums = []
-        self._surprise = torch.zeros(len(SCALES), device=self.device)
+        self.validation.begin(self.device)
 
     def validation_step(self, batch: CacheBatch, batch_idx: int) -> None:
         """Teacher-forced cross-entropy, accuracies and acceptance along the text, whatever the training's distillation; and the drafter's
@@ -420,32 +419,21 @@ class DraftModule(pl.LightningModule):
             batch: packed samples.
             batch_idx: of the validation.
         """
-        prepared = prepare(self.val_objective, batch.packed, self._to_draft)
-        weights = torch.zeros(self.val_objective.num_steps, device=self.device)
-        sums = run(self.val_objective, prepared, self.evaluated, self.ends, weights, True, acceptance=True)
-        self._val_sums.append(pool(sums))
-        if PRE_NORM in batch.packed.hidden:
-            self._surprise += surprise_by_scale(
-                batch.packed, self.evaluated, self.ends, self._to_draft, self.val_objective.max_anchors
-            )
-            # After every batch, not at the end, because callbacks that decode come before this module's own end of a validation.
-            self.evaluated.config.score_scale = best_scale(self._surprise)
+        self.validation.add(batch.packed, self.evaluated, self.ends, self._to_draft)
 
     def on_validation_epoch_end(self) -> None:
         """Logs the means over all ranks."""
-        if self._val_sums:
-            pooled = sum_over_ranks(self, torch.stack(self._val_sums).sum(0))
-            self.log_dict(means(pooled, self.val_objective, "val"), batch_size=1)
+        if named := self.validation.pooled_means(self):
+            self.log_dict(named, batch_size=1)
         if self.settle_score_scale():
             self.log("val/score_scale", self.evaluated.config.score_scale, batch_size=1)
 
     def settle_score_scale(self) -> bool:
         """Gives the drafter the score scale of all processes' validation batches. False where there are no such batches. Collective."""
-        surprise = sum_over_ranks(self, self._surprise)
-        is_measured = bool(surprise.any())
-        if is_measured:
-            self.evaluated.config.score_scale = best_scale(surprise)
-        return is_measured
+        scale = self.validation.score_scale(self)
+        if scale is not None:
+            self.evaluated.config.score_scale = scale
+        return scale is not None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps what is no weight (score scale, seed of the noise, the drafter below an adapter), and the average among the weights."""
