@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from torch import distributed, nn
+from torch import distributed
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
@@ -267,19 +266,3 @@ def _free_whole_weights(model: PreTrainedModel) -> None:
         if isinstance(module, FSDPModule):
             module.set_reshard_after_forward(True, recurse=False)
             module.reshard()
-
-
-def bytes_held(module: nn.Module) -> int:
-    """Count the bytes of a sharded module's weights on this process: its own parts, and what is not divided.
-
-    Args:
-        module: sharded or not.
-
-    Returns:
-        Bytes.
-    """
-    num_bytes = 0
-    for weight in module.parameters():
-        local = weight.to_local() if isinstance(weight, DTensor) else getattr(weight, "ds_tensor", weight)
-        num_bytes += local.numel() * local.element_size()
-    return num_bytes

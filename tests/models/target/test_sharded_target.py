@@ -15,6 +15,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from tiny import make_tokenizer, save_target
+from torch.distributed.tensor import DTensor
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, Qwen3Config, Qwen3ForCausalLM
 from transformers.distributed import DistributedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -30,7 +31,7 @@ from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.models.families.redrafter import ReDrafter
 from draftsmith.models.target import sharding as sharding_module
 from draftsmith.models.target.options import PlacementOptions
-from draftsmith.models.target.sharding import ShardedOver, bytes_held, load_sharded, sharded_over
+from draftsmith.models.target.sharding import ShardedOver, load_sharded, sharded_over
 from draftsmith.models.target.target import PRE_NORM, Target
 from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.trunk.known_models import decoder_blocks
@@ -148,6 +149,15 @@ def compare(target: Target, whole: Target) -> dict[str, Any]:
         "share_of_blocks": blocks_held(target) / blocks_held(whole),
         "records": records_modules(target),
     }
+
+
+def bytes_held(module: torch.nn.Module) -> int:
+    """Bytes of a sharded module's weights on this process: its own parts, and what is not divided."""
+    num_bytes = 0
+    for weight in module.parameters():
+        local = weight.to_local() if isinstance(weight, DTensor) else getattr(weight, "ds_tensor", weight)
+        num_bytes += local.numel() * local.element_size()
+    return num_bytes
 
 
 def blocks_held(target: Target) -> int:
