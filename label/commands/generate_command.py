@@ -29,6 +29,7 @@ from draftsmith.decode.decode_command import NO_STOP_STRINGS, EndingOptions
 from draftsmith.decode.sampling import ReplyOptions
 from draftsmith.files import exclusive, read_jsonl, sha256_file
 from draftsmith.json_rows import Dropped, summary
+from draftsmith.label.answer_rows import write_answers
 from draftsmith.label.checkers.checkers import Checker, Row, load_checker
 from draftsmith.label.commands.checked_answers import (
     CHECKS,
@@ -40,7 +41,7 @@ from draftsmith.label.commands.checked_answers import (
     verdicts,
 )
 from draftsmith.label.commands.entry_options import UNNAMED, EntryOptions
-from draftsmith.label.schema import Answer, write_answers
+from draftsmith.label.schema import Answer
 from draftsmith.label.store.store import Store
 from draftsmith.models.target.options import DEFAULTS, TargetOptions
 from draftsmith.models.target.prompt_template import OWN_TEMPLATE, TemplateChoice

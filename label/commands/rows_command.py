@@ -21,9 +21,10 @@ from draftsmith.data.prompts import say_dropped
 from draftsmith.data.tokens import ChatTemplate, chat_of
 from draftsmith.foreign import visible
 from draftsmith.json_rows import Dropped, summary
+from draftsmith.label.answer_rows import read_answers
 from draftsmith.label.distinct import Distinct
 from draftsmith.label.row_checks import SILENT, UNPLACED, UNTOUCHED, LeftOut, RowChecks
-from draftsmith.label.schema import Answer, deciding, read_answers
+from draftsmith.label.schema import Answer, deciding
 from draftsmith.label.store.database import database_file
 from draftsmith.label.store.store import Store
 from draftsmith.label.token_labels import CORRECT, IGNORED, WRONG, token_labels, tokenize

@@ -20,13 +20,14 @@ from draftsmith.data.sources import source_name
 from draftsmith.files import atomic_file
 from draftsmith.foreign import one_line, visible
 from draftsmith.hub_options import OWN_FILES, HubOptions
+from draftsmith.label.answer_rows import write_answers
 from draftsmith.label.commands.entry_options import UNNAMED, EntryOptions
 from draftsmith.label.distinct import Distinct
 from draftsmith.label.formats import label_studio
 from draftsmith.label.formats.counting import FirstStep
 from draftsmith.label.formats.detection import Format
 from draftsmith.label.formats.importers import LabelledFile, RefusedFile
-from draftsmith.label.schema import Answer, How, deciding, write_answers
+from draftsmith.label.schema import Answer, How, deciding
 from draftsmith.label.store.database import database_file
 from draftsmith.label.store.label_source import LabelSource
 from draftsmith.label.store.store import Store

@@ -17,18 +17,10 @@ from draftsmith.data.formats import Message, row_id
 from draftsmith.data.prompts import PROMPT_FILE, say_dropped
 from draftsmith.files import read_jsonl
 from draftsmith.json_rows import Dropped, summary
+from draftsmith.label.answer_rows import read_answers, write_answers
 from draftsmith.label.corrupt.corpora import Row, Wording, load_corruptor, wrong_answers
 from draftsmith.label.corrupt.text_swaps import Swap, SwapKind, swaps
-from draftsmith.label.schema import (
-    Answer,
-    Label,
-    answer_id,
-    check_answer,
-    check_messages,
-    deciding,
-    read_answers,
-    write_answers,
-)
+from draftsmith.label.schema import Answer, Label, answer_id, check_answer, check_messages, deciding
 from draftsmith.ownership import check_output_file
 
 TEXT = "text"

@@ -16,6 +16,7 @@ from typing import Any
 from draftsmith.data.progress import progress
 from draftsmith.data.sources import read_rows
 from draftsmith.json_rows import Dropped
+from draftsmith.label.answer_rows import from_row
 from draftsmith.label.formats import calculations, label_studio
 from draftsmith.label.formats.counting import Counting, FirstStep, StepEvidence, counting, num_rows, zero_is_neutral
 from draftsmith.label.formats.detection import Format, detect, fitting_formats
@@ -41,7 +42,7 @@ from draftsmith.label.formats.step_labels import (
     turned_steps,
 )
 from draftsmith.label.formats.step_sets import LAYOUTS, StepLayout, read_step_set
-from draftsmith.label.schema import Answer, Span, check_answer, from_row, is_keepable
+from draftsmith.label.schema import Answer, Span, check_answer, is_keepable
 from draftsmith.label.store.label_source import LabelSource, SkippedRow
 
 _SHOWN_ROWS = 1000

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from draftsmith.data.formats import Message
+from draftsmith.label.answer_rows import with_parts
 from draftsmith.label.formats.fields import Row, licence_of, model_of, unpacked
-from draftsmith.label.schema import Answer, refusal, with_parts
+from draftsmith.label.schema import Answer, refusal
 from draftsmith.label.store.label_source import LabelSource
 
 

@@ -24,13 +24,13 @@ from draftsmith.data.tokens import ChatTemplate
 from draftsmith.decode.sampling import GenerationSettings, ReplyOptions
 from draftsmith.files import JsonlAppender, atomic_write, exclusive
 from draftsmith.foreign import json_text, visible
+from draftsmith.label.answer_rows import write_answers
 from draftsmith.label.checkers.checkers import Checker, load_checker
 from draftsmith.label.mine.answers import Parse, ParserName, answer_parser
 from draftsmith.label.mine.many_questions import ForwardCounts, Miner, check_questions
 from draftsmith.label.mine.outputs import counts, from_log, labelled_answers, to_log, token_rows
 from draftsmith.label.mine.question_mining import MiningResult, Rules
 from draftsmith.label.mine.questions import QuestionRow, judged_by, read_questions
-from draftsmith.label.schema import write_answers
 from draftsmith.label.token_rows import write_rows
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
 from draftsmith.models.files.loading import load_tokenizer

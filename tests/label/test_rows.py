@@ -12,9 +12,10 @@ from draftsmith import cli
 from draftsmith.data.cache.reader import HiddenStateCache
 from draftsmith.data.formats import Message
 from draftsmith.data.tokens import ChatTemplate
+from draftsmith.label.answer_rows import write_answers
 from draftsmith.label.commands.rows_command import make_rows, merged_labels
 from draftsmith.label.row_checks import REFUSED, UNPLACED, UNTOUCHED
-from draftsmith.label.schema import Answer, Label, Tokens, write_answers
+from draftsmith.label.schema import Answer, Label, Tokens
 from draftsmith.label.store.store import Store
 from draftsmith.label.token_labels import CORRECT, IGNORED, WRONG, token_labels, tokenize
 from draftsmith.label.token_rows import read_rows, write_rows

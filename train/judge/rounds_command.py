@@ -20,11 +20,11 @@ from draftsmith.decode.model_settings import for_target
 from draftsmith.decode.sampling import DrawOptions, settings_of
 from draftsmith.decode.verify.lossy_rules import JudgeRule
 from draftsmith.files import atomic_write, exclusive, sha256_file
+from draftsmith.label.answer_rows import read_answers, write_answers
 from draftsmith.label.checkers.checkers import Checker, load_checker
 from draftsmith.label.commands.checked_answers import LicensedPrompt
 from draftsmith.label.commands.generate_command import licensed_questions
 from draftsmith.label.commands.rows_command import rows as label_rows
-from draftsmith.label.schema import read_answers, write_answers
 from draftsmith.models.files.checkpoint_files import WEIGHTS
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
 from draftsmith.models.judge import load_judge

@@ -17,10 +17,10 @@ from draftsmith.data.replies.reply_sources import Reply
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.embedded.sums import TARGET_STYLE, distinct_problems, render, write_prompts
 from draftsmith.files import read_jsonl
+from draftsmith.label.answer_rows import read_answers
 from draftsmith.label.commands import generate_command as module
 from draftsmith.label.commands.entry_options import EntryOptions
 from draftsmith.label.commands.generate_command import AnswerOptions, generate
-from draftsmith.label.schema import read_answers
 from draftsmith.label.store.store import Store
 from draftsmith.models.target.options import TargetOptions
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from draftsmith import cli
-from draftsmith.label.schema import read_answers
+from draftsmith.label.answer_rows import read_answers
 from draftsmith.label.store.store import Store
 
 ROWS = [

@@ -8,7 +8,8 @@ import pytest
 
 from draftsmith import cli
 from draftsmith.data.formats import Message
-from draftsmith.label.schema import Answer, Label, read_answers
+from draftsmith.label.answer_rows import read_answers
+from draftsmith.label.schema import Answer, Label
 from draftsmith.label.store.records import BATCH
 from draftsmith.label.store.store import Store
 from draftsmith.label.token_rows import read_rows

@@ -10,10 +10,10 @@ import pytest
 
 from draftsmith.cli import main
 from draftsmith.embedded import distinct_problems, write_prompts
+from draftsmith.label.answer_rows import read_answers
 from draftsmith.label.checkers.sums_answers import judge, problem_of
 from draftsmith.label.corrupt.corpora import Corrupted, corrupt_sum, load_corruptor, wrong_answers
 from draftsmith.label.corrupt.text_swaps import Swap, SwapKind, swaps
-from draftsmith.label.schema import read_answers
 
 PROMPT = "Last week Tom met Mia. They have 12 pens. How many?"
 TEXT = "1. Tom has 12 * 5 = 60 pens.\nStep 2: 60 + 3.5 is 63.5, so Mia has 63.5."

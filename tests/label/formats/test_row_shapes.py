@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from labelled_files import Imported, read_labelled
 
+from draftsmith.label.answer_rows import write_answers
 from draftsmith.label.formats.detection import Format
 from draftsmith.label.formats.label_studio import write_tasks
 from draftsmith.label.formats.row_shapes import unfolded
-from draftsmith.label.schema import Answer, write_answers
+from draftsmith.label.schema import Answer
 from draftsmith.label.store.label_source import LabelSource
 from draftsmith.label.store.store import Store
 

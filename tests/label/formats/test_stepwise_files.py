@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from labelled_files import Imported, read_labelled
 
 from draftsmith.data.sources import read_rows
+from draftsmith.label.answer_rows import write_answers
 from draftsmith.label.formats.counting import FirstStep
 from draftsmith.label.formats.fields import unpacked, whole
 from draftsmith.label.formats.label_studio import write_tasks
-from draftsmith.label.schema import Answer, write_answers
+from draftsmith.label.schema import Answer
 from draftsmith.label.store.label_source import LabelSource
 
 STEPS = ["Take 3.", "So 3 + 4 = 8.", "It is 8."]

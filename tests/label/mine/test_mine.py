@@ -13,6 +13,7 @@ from tiny import make_tokenizer, save_target
 
 from draftsmith import cli, embedded
 from draftsmith.data.tokens import ChatTemplate
+from draftsmith.label.answer_rows import read_answers
 from draftsmith.label.checkers.checkers import load_checker
 from draftsmith.label.mine import mine_command as command
 from draftsmith.label.mine.answers import answer_parser
@@ -20,7 +21,6 @@ from draftsmith.label.mine.many_questions import Miner
 from draftsmith.label.mine.plain import mine_plain
 from draftsmith.label.mine.question_mining import MiningQuestion, MiningResult, Rules
 from draftsmith.label.mine.questions import QuestionRow, read_questions
-from draftsmith.label.schema import read_answers
 from draftsmith.label.token_labels import IGNORED
 from draftsmith.label.token_rows import LabelledRow, read_rows
 from draftsmith.models.files.loading import load_tokenizer

@@ -13,9 +13,9 @@ from draftsmith import provenance
 from draftsmith.cli import main
 from draftsmith.data.cache.extract import extract
 from draftsmith.embedded import write_prompts
+from draftsmith.label.answer_rows import read_answers
 from draftsmith.label.commands.rows_command import rows as label_rows
 from draftsmith.label.corrupt.corrupt_command import CorruptionOptions, corrupt
-from draftsmith.label.schema import read_answers
 from draftsmith.label.token_rows import read_rows
 from draftsmith.models.judge import Judge, JudgeConfig, load_judge
 from draftsmith.models.tree.shapes import parse_shape, shape_text
