@@ -14,6 +14,7 @@ from itertools import islice
 from typing import Any
 
 from draftsmith.data.benchmark_fields import benchmark_fields
+from draftsmith.data.between_turns import History, replaces_reply
 from draftsmith.data.chats.messages import as_row
 from draftsmith.data.chats.modes import MODES, modes_of_reply
 from draftsmith.data.formats import Message
@@ -30,7 +31,6 @@ from draftsmith.data.replies.reply_sources import (
     Unanswered,
 )
 from draftsmith.data.replies.source_settings import settle
-from draftsmith.data.seams import History, replaces_reply
 from draftsmith.data.tokens import ChatTemplate, Turn
 from draftsmith.decode.sampling import GenerationSettings
 

@@ -24,6 +24,7 @@ MOVED = {
     "draftsmith.data.reply_settings": "draftsmith.data.replies.reply_settings",
     "draftsmith.data.responses": "draftsmith.data.replies.respond",
     "draftsmith.data.safetensors_head": "draftsmith.data.remote.safetensors_head",
+    "draftsmith.data.seams": "draftsmith.data.between_turns",
     "draftsmith.data.shard_checks": "draftsmith.data.shards.shard_checks",
     "draftsmith.data.shard_folder": "draftsmith.data.remote.node_folder",
     "draftsmith.data.shared_survey": "draftsmith.data.cache.shared_survey",

@@ -4,8 +4,8 @@ import pytest
 from tiny import TEMPLATE, make_tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from draftsmith.data.between_turns import BetweenTurns
 from draftsmith.data.formats import Message
-from draftsmith.data.seams import Seams
 from draftsmith.data.tokens import ChatTemplate, TokenizedSample, Turn, cut, from_turns
 
 # Jinja eats the newline after a block's end, not the one after plain text.
@@ -19,7 +19,7 @@ CONVERSATION = [
 
 
 def next_turn_ids(chat: ChatTemplate, messages: list[Message], reply_ids: list[int]) -> list[int]:
-    return Seams(chat).ids([Message(role="user", content="-")], reply_ids, messages)
+    return BetweenTurns(chat).ids([Message(role="user", content="-")], reply_ids, messages)
 
 
 def labelled_text(tokenizer: PreTrainedTokenizerBase, sample: TokenizedSample) -> str:

@@ -1,4 +1,4 @@
-"""Chat formats and tokenizers of several kinds, for tests of masks and seams: what the families do, in words of our own."""
+"""Chat formats and tokenizers of several kinds, for tests of masks and of turns: what the families do, in words of our own."""
 
 from dataclasses import dataclass
 

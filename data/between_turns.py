@@ -29,7 +29,7 @@ _SENTINEL = "draftsmithreplygoeshere"
 _PLAIN_REPLY = Message(role="assistant", content=_SENTINEL)
 
 
-class Seams:
+class BetweenTurns:
     """What one template writes between a reply and the turn that follows it.
 
     Args:
@@ -122,7 +122,7 @@ class History:
 
     def __init__(self, template: PromptTemplate, asked: Sequence[Message]) -> None:
         self._template = template
-        self._seams = Seams(template)
+        self._between = BetweenTurns(template)
         self._messages = list(asked)
         # None once the template has failed on a reply: then nobody can tell what it would make of the turns before.
         self._text: str | None = "" if template.text is None else template._render(asked, add_generation_prompt=True)
@@ -147,7 +147,7 @@ class History:
         Raises:
             ValueError: the template shows a reply not exactly once, or fails on replies of plain words (see `check_turns`).
         """
-        grown = [*prompt_ids, *reply_ids, *self._seam(reply_ids, following)]
+        grown = [*prompt_ids, *reply_ids, *self._between_ids(reply_ids, following)]
         if self._template.text is None:
             return grown
         before = self._text
@@ -186,13 +186,13 @@ class History:
         self._text = self._template._render(self._messages, add_generation_prompt=True)
         return self._template._encode(self._text)
 
-    def _seam(self, reply_ids: Sequence[int], following: Sequence[Message]) -> list[int]:
+    def _between_ids(self, reply_ids: Sequence[int], following: Sequence[Message]) -> list[int]:
         """What lies between the latest reply and the next one."""
         try:
-            return self._seams.ids(self._messages, reply_ids, following)
+            return self._between.ids(self._messages, reply_ids, following)
         except TemplateRefusal:
             self._forget_replies()
-            return self._seams.ids(self._messages, reply_ids, following)
+            return self._between.ids(self._messages, reply_ids, following)
 
     def _forget_replies(self) -> None:
         """Let plain words take the place of all replies, since the template fails on one."""

@@ -4,9 +4,9 @@ import pytest
 from chat_styles import KINDS, STYLES, conversation, styled_tokenizer
 from tiny import EOS, make_tokenizer
 
-from draftsmith.data import seams
+from draftsmith.data import between_turns
+from draftsmith.data.between_turns import BetweenTurns, History
 from draftsmith.data.formats import Message
-from draftsmith.data.seams import History, Seams
 from draftsmith.data.tokens import ChatTemplate
 from draftsmith.models.target.template_fields import TemplateRefusal
 
@@ -21,7 +21,7 @@ NEXT = [Message(role="user", content="Sure?")]
 
 
 def next_turn_ids(chat: ChatTemplate, messages: list[Message], reply_ids: list[int]) -> list[int]:
-    return Seams(chat).ids([Message(role="user", content="-")], reply_ids, messages)
+    return BetweenTurns(chat).ids([Message(role="user", content="-")], reply_ids, messages)
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "metaspace"])
@@ -122,10 +122,10 @@ def test_white_space_that_the_tokenizer_drops_is_no_rewriting(name: str) -> None
         assert prompt[: len(read)] == read
 
 
-def test_a_conversation_about_the_reply_marker_has_seams_and_masks_like_another() -> None:
+def test_a_conversation_about_the_reply_marker_is_continued_and_masked_like_another() -> None:
     tokenizer, ends = styled_tokenizer("turn marks", "byte-level")
     chat = ChatTemplate(tokenizer, None, ends)
-    marker = seams._SENTINEL
+    marker = between_turns._SENTINEL
     asked = [Message(role="user", content=f"What is {marker}?")]
     assert tokenizer.decode(next_turn_ids(chat, asked, ends)).count(marker) == 1
     said = Message(role="assistant", content=f"{marker.upper()} is {marker}.")
@@ -164,6 +164,6 @@ def test_turns_that_a_template_refuses_together_are_found_before_any_reply() -> 
     )
     chat = ChatTemplate(short)
     turns = [[Message(role="user", content=text)] for text in ("How many?", "Sure?", "Really?")]
-    seams.check_turns(chat, turns[:2])
+    between_turns.check_turns(chat, turns[:2])
     with pytest.raises(TemplateRefusal, match="long"):
-        seams.check_turns(chat, turns)
+        between_turns.check_turns(chat, turns)
