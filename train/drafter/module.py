@@ -221,22 +221,9 @@ class DraftModule(pl.LightningModule):
 
     def settings(self) -> dict[str, Any]:
         """Every setting of the run that concerns the drafter, for provenance."""
-        names = (
-            "target",
-            "revision",
-            "adapter",
-            "trust_remote_code",
-            "context",
-            "ends_dtype",
-            "lr",
-            "betas",
-            "weight_decay",
-            "warmup_ratio",
-            "min_lr_ratio",
-            "ema_decay",
-            "draft_vocabulary",
-        )
-        chosen = {name: getattr(self, name) for name in names}
+        read = ("target", "revision", "adapter", "trust_remote_code", "context", "ends_dtype")
+        learnt = ("lr", "betas", "weight_decay", "warmup_ratio", "min_lr_ratio", "ema_decay")
+        chosen = {name: getattr(self, name) for name in (*read, *learnt, "draft_vocabulary")}
         return {
             **chosen,
             **self.starting_drafter.settings(),
