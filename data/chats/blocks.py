@@ -6,13 +6,15 @@ Owns: which blocks are thoughts, calls and results, and the order that they may 
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
+from draftsmith.data.chats.spellings import CALL as _CALL
+from draftsmith.data.chats.spellings import RESULT as _RESULT
+from draftsmith.data.chats.spellings import STEP as _STEP
+from draftsmith.data.chats.spellings import THOUGHT as THOUGHT_TYPE
+from draftsmith.data.chats.spellings import plain_blocks, role_of
 from draftsmith.data.chats.tool_calls import parsed_list, says_nothing
 from draftsmith.json_rows import UnusableRow
 
-THOUGHT_TYPE = "thinking"
-"""The type of a block that is a thought."""
-_CALL, _RESULT = "tool_use", "tool_result"
-_BLOCKS = (THOUGHT_TYPE, _CALL, _RESULT)
+_BLOCKS = (THOUGHT_TYPE, _CALL, _RESULT, _STEP)
 # In which order a reply can be rendered: a template shows one thought, then words, then calls.
 _RANK = {THOUGHT_TYPE: 0, _CALL: 2}
 _WORDS_RANK = 1
@@ -33,9 +35,14 @@ def spread(turn: Any, place: str) -> list[Any]:
         UnusableRow: a block lacks its value, blocks come in an order that no template shows, or a thought lies in a field as well.
     """
     name = next((name for name in ("content", "value") if isinstance(turn, Mapping) and _is_list(turn.get(name))), None)
-    if name is None or not any(_kind(block) in _BLOCKS for block in turn[name]):
+    if name is None:
         return [turn]
-    blocks: Sequence[Any] = turn[name]
+    blocks = plain_blocks(turn[name])
+    if not any(_kind(block) in _BLOCKS for block in blocks):
+        return [turn]
+    replies = _replies(blocks) if role_of(turn.get("role")) == "assistant" else []
+    if len(replies) > 1:
+        return [each for reply in replies for each in spread({**turn, name: reply}, place)]
     rest = [block for block in blocks if _kind(block) not in _BLOCKS]
     if any(_kind(block) == _RESULT for block in blocks):
         results = [_result(block, place) for block in blocks if _kind(block) == _RESULT]
@@ -60,8 +67,33 @@ def spread(turn: Any, place: str) -> list[Any]:
         fields["reasoning_content"] = _only_thought(turn.get("reasoning_content"), "\n\n".join(thoughts), place)
     calls = [_call(block) for block in blocks if _kind(block) == _CALL]
     if calls:
-        fields["tool_calls"] = [*_given_calls(turn, place), *calls]
+        given = _given_calls(turn, place)
+        own_ids = [call.get("id") for call in given if isinstance(call, Mapping)]
+        # LangChain has the calls of the blocks in the field as well.
+        fields["tool_calls"] = [*given, *(call for call in calls if call["id"] is None or call["id"] not in own_ids)]
     return [fields]
+
+
+def _replies(blocks: Sequence[Any]) -> list[list[Any]]:
+    """The blocks of an assistant's turn by reply and results of tools, where a client writes a whole round as one turn.
+
+    Example: a thought, a call, its result and words are the thought with the call, the result, and the words.
+    """
+    steps: list[list[Any]] = [[]]
+    for block in blocks:
+        kind, has_results = _kind(block), any(_kind(each) == _RESULT for each in steps[-1])
+        if kind == _STEP or (has_results and kind not in (_CALL, _RESULT)):
+            steps.append([])
+        if kind != _STEP:
+            steps[-1].append(block)
+    parts: list[list[Any]] = []
+    for step in steps:
+        if _kind(step[0]) == _RESULT if step else True:
+            parts.append(step)  # a result without its call is an error of the turn
+            continue
+        results = [block for block in step if _kind(block) == _RESULT]
+        parts += [[block for block in step if _kind(block) != _RESULT], results]
+    return [part for part in parts if part]
 
 
 def _is_list(value: object) -> TypeGuard[list[Any] | tuple[Any, ...]]:

@@ -7,9 +7,10 @@ Does not know: the formats of rows, templates, tokens.
 import contextlib
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict, TypeGuard
 
 from draftsmith.data.chats.blocks import THOUGHT_TYPE, spread, thought_text
+from draftsmith.data.chats.spellings import CONTENT_FIELDS, ROLE_FIELDS, ROLES, plain_blocks, plain_turns, role_of, word
 from draftsmith.data.chats.tool_calls import (
     CALL_FIELDS,
     TOOL_FIELDS,
@@ -21,42 +22,16 @@ from draftsmith.data.chats.tool_calls import (
 )
 from draftsmith.json_rows import UnusableRow
 
-ROLE_FIELDS, _CONTENT_FIELDS = ("role", "from"), ("content", "value")
-_ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "assistant": "assistant",
-    "ai": "assistant",
-    "bot": "assistant",
-    "chatbot": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "model": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-    "environment": "tool",
-    "tool_response": "tool",
-    "tool_result": "tool",
-    "function_response": "tool",
-    "ipython": "tool",
-    "function_call": "assistant",
-    "tool_call": "assistant",
-}
 # Roles of ShareGPT rows whose text is a call.
 _CALL_ROLES = ("function_call", "tool_call")
-_THOUGHT_FIELDS = ("reasoning_content", "thinking", "reasoning")
+_THOUGHT_FIELDS = ("reasoning_content", "thinking", "reasoning", "tool_plan")
 # What changes the words of a turn in a way that nothing here renders.
 _UNREAD_FIELDS = ("audio", "audios", "images", "image", "video", "videos")
+_SPANS = "train_detail"  # of Axolotl
 # Thoughts of servers in a form that only repeats one of the fields above.
 _THOUGHT_COPIES, _COPY_TEXTS = ("reasoning_details", "thinking_blocks"), ("text", "summary", "thinking")
 _BESIDE_CONTENT = (
-    *("weight", "train", "loss", "channel"),
+    *("weight", "train", "training", "loss", "train_detail", "channel"),
     *(*CALL_FIELDS, *_THOUGHT_FIELDS, *_THOUGHT_COPIES, *_UNREAD_FIELDS),
 )
 # Channels of Harmony (gpt-oss) that hold no final words; other software has channels of other meanings.
@@ -146,11 +121,13 @@ def read_turns(value: Any) -> list[Message]:
         UnusableRow: no list of turns, or a turn with a field that breaks its rule.
     """
     value = listed(value, "the list of turns")
+    if isinstance(value, list | tuple) and len(value) == 1 and isinstance(value[0], list | tuple):
+        [value] = value  # LangChain's runs hold a list of conversations
     if not isinstance(value, list | tuple) or not value:
         raise UnusableRow("the list of turns is empty or not a list")
     turns: list[Message] = []
-    for number, turn in enumerate(value):
-        is_system = isinstance(turn, Mapping) and any(_role(turn.get(name)) == "system" for name in ROLE_FIELDS)
+    for number, turn in [(number, turn) for number, given in enumerate(value) for turn in plain_turns(given)]:
+        is_system = isinstance(turn, Mapping) and any(role_of(turn.get(name)) == "system" for name in ROLE_FIELDS)
         # The words of a system may show what a thought looks like, at any place.
         for part in [turn] if is_system else spread(turn, f"turn {number}"):
             message = _turn(part, number)
@@ -183,12 +160,12 @@ def is_role(value: Any) -> bool:
     Returns:
         True where it is a known role.
     """
-    return _role(value) is not None
+    return role_of(value) is not None
 
 
 def _continues(turn: Mapping[str, Any], message: Message, before: Message) -> bool:
     """Whether a turn that is a call belongs to the reply before it: such rows write parallel calls, and a call behind words, as turns."""
-    is_call = any(_word(turn.get(name)) in _CALL_ROLES for name in ROLE_FIELDS)
+    is_call = any(word(turn.get(name)) in _CALL_ROLES for name in ROLE_FIELDS)
     same = before["role"] == "assistant" and message.get("train", True) == before.get("train", True)
     return is_call and same and "reasoning_content" not in message
 
@@ -305,7 +282,7 @@ def read_content(value: Any, place: str) -> tuple[str, list[dict[str, Any]] | No
     if not isinstance(value, list | tuple):
         raise UnusableRow(f"{place}: the content is {_kind(value)}, not text")
     texts, parts = [], []
-    for part in value:
+    for part in plain_blocks(value):
         if not isinstance(part, Mapping):
             raise UnusableRow(f"{place}: a part is {_kind(part)}, not an object")
         kind = part.get("type")
@@ -321,18 +298,12 @@ def read_content(value: Any, place: str) -> tuple[str, list[dict[str, Any]] | No
             raise UnusableRow(f"{place} is a refusal, which a server writes in place of the reply; remove the turn")
         elif kind not in _MEDIA_TYPES:
             known = ", ".join(("text", *_MEDIA_TYPES))
-            raise UnusableRow(f"{place}: a part is of the type {kind!r:.80}; types are {known}")
+            what = (
+                f"has no type, and the fields {sorted(part)!s:.80}" if kind is None else f"is of the type {kind!r:.80}"
+            )
+            raise UnusableRow(f"{place}: a part {what}; types are {known}")
         parts.append({name: entry for name, entry in part.items() if entry is not None})
     return "".join(texts), parts if len(texts) < len(parts) else None
-
-
-def _word(role: Any) -> str | None:
-    """A role in the one spelling that its names are listed in, such as `tool_response` for `Tool-Response`."""
-    return role.strip().lower().replace("-", "_").replace(" ", "_") if isinstance(role, str) else None
-
-
-def _role(value: Any) -> str | None:
-    return _ROLES.get(_word(value) or "")
 
 
 def _kind(value: object) -> str:
@@ -351,9 +322,9 @@ def _turn(turn: Any, number: int) -> Message:
     if not isinstance(turn, Mapping):
         raise UnusableRow(f"{place} is {_kind(turn)}, not an object")
     name = _only(turn, ROLE_FIELDS, place)
-    role = _role(turn[name])
+    role = role_of(turn[name])
     if role is None:
-        raise UnusableRow(f"{place} has the role {turn[name]!r:.80}; roles are {', '.join(_ROLES)}")
+        raise UnusableRow(f"{place} has the role {turn[name]!r:.80}; roles are {', '.join(ROLES)}")
     for field in _UNREAD_FIELDS:
         if turn.get(field) and not says_nothing(turn[field]):
             raise UnusableRow(f"{place} has {field}, which are not read beside the content; make them parts of it")
@@ -362,8 +333,8 @@ def _turn(turn: Any, number: int) -> Message:
             f"{place} is in the channel {turn['channel']!r:.80}; put thoughts into reasoning_content, calls into tool_calls"
         )
     message = Message(role=role, content="")
-    if _word(turn[name]) in _CALL_ROLES:
-        message["tool_calls"] = call_of_text(_text(turn, _only(turn, _CONTENT_FIELDS, place), place), place)
+    if word(turn[name]) in _CALL_ROLES:
+        message["tool_calls"] = call_of_text(_text(turn, _only(turn, CONTENT_FIELDS, place), place), place)
     else:
         _add_content(message, turn, place)
     if not _is_trained(turn, role, place):
@@ -390,9 +361,9 @@ def _add_content(message: Message, turn: Mapping[str, Any], place: str) -> None:
             raise UnusableRow(f"{place} is the {role}'s and has tool_calls; only assistant turns have them")
         message["tool_calls"] = calls
     may_be_silent = calls or (role == "system" and any(not says_nothing(turn.get(field)) for field in TOOL_FIELDS))
-    if may_be_silent and all(turn.get(name) is None for name in _CONTENT_FIELDS):
+    if may_be_silent and all(turn.get(name) is None for name in CONTENT_FIELDS):
         return
-    message["content"], parts = read_content(turn[_only(turn, _CONTENT_FIELDS, place)], place)
+    message["content"], parts = read_content(turn[_only(turn, CONTENT_FIELDS, place)], place)
     if parts is None:
         return
     if role == "assistant":
@@ -422,7 +393,7 @@ def _only(turn: Mapping[str, Any], fields: Sequence[str], place: str) -> str:
 
 
 def _is_trained(turn: Mapping[str, Any], role: str, place: str) -> bool:
-    """OpenAI's `weight` (0 or 1), or `train` or `loss` (false or true); without any, an assistant turn is learned from.
+    """OpenAI's `weight` (0 or 1), or `train`, `training` or `loss` (false or true); without any, an assistant turn is learned from.
 
     A `loss` that is another number than 0 and 1 was measured, and says nothing of training.
     """
@@ -430,17 +401,52 @@ def _is_trained(turn: Mapping[str, Any], role: str, place: str) -> bool:
     if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
         raise UnusableRow(f"{place} has the weight {weight!r:.80}; weights are 0 and 1")
     given = [] if weight is None else [bool(weight)]
-    for name in ("train", "loss"):
+    for name in ("train", "training", "loss"):
         if turn.get(name) is None or (name == "loss" and _is_measured(turn[name])):
             continue
         if not isinstance(turn[name], bool):
             raise UnusableRow(f"{place} has {name} {turn[name]!r:.80}; it is true or false")
         given.append(turn[name])
+    if not says_nothing(turn.get(_SPANS)):
+        given.append(_trains_spans(turn, place))
     if role != "assistant":
         if any(given):
             raise UnusableRow(f"{place} is the {role}'s and has a weight; only assistant turns are learned from")
         return True
     return all(given)
+
+
+def _trains_spans(turn: Mapping[str, Any], place: str) -> bool:
+    """Whether Axolotl's spans of characters train on a whole turn or on none of it. What no span names is not trained on.
+
+    Example: of "No.", a span from 0 to 2 that trains is the whole turn, because its end counts.
+
+    Raises:
+        UnusableRow: they train on a part of it, or are no spans.
+    """
+    words = next((turn[name] for name in CONTENT_FIELDS if isinstance(turn.get(name), str)), None)
+    spans = objects(turn[_SPANS])
+    trained: set[int] = set()
+    for span in spans:
+        first, last, train = span.get("begin_offset"), span.get("end_offset"), span.get("train", False)
+        if not _is_offset(first) or not _is_offset(last) or not isinstance(train, bool):
+            raise UnusableRow(f"{place}: {_SPANS} has an entry that lacks a begin_offset, an end_offset or a train")
+        trained |= set(range(first, min(last + 1, len(words or "")))) if train else set()
+    if words is None or not spans:
+        raise UnusableRow(
+            f"{place} has {_SPANS}, which is read beside a text alone, as a list of spans of its characters"
+        )
+    left = [number for number, letter in enumerate(words) if number not in trained and not letter.isspace()]
+    if trained and left:
+        raise UnusableRow(
+            f"{place} has {_SPANS}, which trains on a part of it (not on character {left[0]}, among others), and a turn is trained on as a "
+            "whole or not at all; remove it and set train to true or false"
+        )
+    return bool(trained)
+
+
+def _is_offset(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_measured(loss: Any) -> bool:
