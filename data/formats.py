@@ -24,6 +24,7 @@ from draftsmith.data.chats.messages import (
     listed,
     read_turns,
 )
+from draftsmith.data.chats.other_rows import check_whole, thought_beside, usual
 from draftsmith.data.chats.pairs import turns_of_pairs
 from draftsmith.data.chats.responses_api import flat_responses, is_responses, parameters_of_items
 from draftsmith.data.chats.tool_calls import says_nothing, without_fillers
@@ -115,6 +116,7 @@ def detect_format(row: Mapping[str, Any]) -> Format:
     Raises:
         UnusableRow: none fits; the fields are named.
     """
+    row, _ = usual(row)
     fields = {name for name, value in row.items() if value is not None}
     if is_log(row):
         return "log"
@@ -129,6 +131,7 @@ def detect_format(row: Mapping[str, Any]) -> Format:
         return "sharegpt"
     if "instruction" in fields:
         return "alpaca"
+    check_whole(row)
     if {"question", "answer"} <= fields:
         return "gsm8k"
     for name in ("turns", "prompt", "text"):
@@ -159,11 +162,12 @@ def to_conversation(row: Mapping[str, Any], row_format: Format) -> Conversation:
     Raises:
         UnusableRow: the row holds no usable prompt, or a known field holds something that is not read.
     """
-    flaw = unwanted(row)
+    row, flaw = usual(row)
+    flaw = unwanted(row) or flaw
     if row_format in _FLATTENED:
         row, cut = _FLATTENED[row_format](row)
         flaw = flaw or cut
-    conversation = _READERS[row_format](row)
+    conversation = _with_thought(_READERS[row_format](row), row, row_format)
     if conversation.text is not None:
         return conversation
     turns, inner = without_tools(conversation.turns)
@@ -173,6 +177,15 @@ def to_conversation(row: Mapping[str, Any], row_format: Format) -> Conversation:
     _check_words(conversation)
     _check_json(conversation)
     return _checked_turns(conversation)
+
+
+def _with_thought(conversation: Conversation, row: Mapping[str, Any], row_format: Format) -> Conversation:
+    """Give an answer that lies apart from its question the thought that lies beside it."""
+    turns, thought = conversation.turns, thought_beside(row)
+    is_apart = row_format in ("prompt", "alpaca", "gsm8k", "responses") and turns and turns[-1]["role"] == "assistant"
+    if thought is None or not is_apart or "reasoning_content" in turns[-1]:
+        return conversation
+    return replace(conversation, turns=(*turns[:-1], {**turns[-1], "reasoning_content": thought}))
 
 
 def _checked_turns(conversation: Conversation) -> Conversation:
@@ -329,7 +342,7 @@ def _alpaca(row: Mapping[str, Any]) -> Conversation:
     if extra := next((text for text in extras if text.strip()), ""):
         content = f"{content}\n\n{extra}"
     asked = Message(role="user", content=content)
-    answer, history = _first_field(row, ("output", "response")), listed(row.get("history"), "history")
+    answer, history = _first_field(row, ("output", "response", "chosen")), listed(row.get("history"), "history")
     if history in (None, [], ()) or (isinstance(history, str) and history.strip() in ("", "null", "None")):
         return _asked([asked], row.get(answer), answer)
     earlier = [turn for pair in _pairs(history) for turn in pair]

@@ -124,6 +124,9 @@ def unwanted(row: Mapping[str, Any]) -> str | None:
     Returns:
         The reason; None where there is none.
     """
+    weight = row.get("weight")
+    if row.get("messages") is not None and isinstance(weight, int | float) and weight == 0:
+        return "the row has weight 0"
     is_trl = row.get("completion") is not None and _is_false(row.get("label"))
     name = "label" if is_trl else "kto_tag" if _is_false(row.get("kto_tag")) else None
     return None if name is None else f"the answer is one that people did not want ({name} false)"

@@ -11,7 +11,7 @@ from draftsmith.data.chats.spellings import RESULT as _RESULT
 from draftsmith.data.chats.spellings import STEP as _STEP
 from draftsmith.data.chats.spellings import THOUGHT as THOUGHT_TYPE
 from draftsmith.data.chats.spellings import plain_blocks, role_of
-from draftsmith.data.chats.tool_calls import parsed_list, says_nothing
+from draftsmith.data.chats.tool_calls import CALL_FIELDS, parsed_list, says_nothing
 from draftsmith.json_rows import UnusableRow
 
 _BLOCKS = (THOUGHT_TYPE, _CALL, _RESULT, _STEP)
@@ -42,7 +42,14 @@ def spread(turn: Any, place: str) -> list[Any]:
         return [turn]
     replies = _replies(blocks) if role_of(turn.get("role")) == "assistant" else []
     if len(replies) > 1:
-        return [each for reply in replies for each in spread({**turn, name: reply}, place)]
+        later = {field: value for field, value in turn.items() if field not in (*CALL_FIELDS, "reasoning_content")}
+        given = [turn, *[later] * (len(replies) - 1)]
+        return [
+            each
+            for fields, reply in zip(given, replies, strict=True)
+            for each in spread({**fields, name: reply}, place)
+        ]
+    blocks = replies[0] if replies else blocks
     rest = [block for block in blocks if _kind(block) not in _BLOCKS]
     if any(_kind(block) == _RESULT for block in blocks):
         results = [_result(block, place) for block in blocks if _kind(block) == _RESULT]
@@ -79,20 +86,19 @@ def _replies(blocks: Sequence[Any]) -> list[list[Any]]:
 
     Example: a thought, a call, its result and words are the thought with the call, the result, and the words.
     """
+    kinds = [_kind(block) for block in blocks]
+    if _RESULT in kinds and _CALL not in kinds[: kinds.index(_RESULT)]:
+        return []
     steps: list[list[Any]] = [[]]
-    for block in blocks:
-        kind, has_results = _kind(block), any(_kind(each) == _RESULT for each in steps[-1])
+    for kind, block in zip(kinds, blocks, strict=True):
+        has_results = any(_kind(each) == _RESULT for each in steps[-1])
         if kind == _STEP or (has_results and kind not in (_CALL, _RESULT)):
             steps.append([])
         if kind != _STEP:
             steps[-1].append(block)
     parts: list[list[Any]] = []
     for step in steps:
-        if _kind(step[0]) == _RESULT if step else True:
-            parts.append(step)  # a result without its call is an error of the turn
-            continue
-        results = [block for block in step if _kind(block) == _RESULT]
-        parts += [[block for block in step if _kind(block) != _RESULT], results]
+        parts += [[block for block in step if (_kind(block) == _RESULT) is is_result] for is_result in (False, True)]
     return [part for part in parts if part]
 
 

@@ -3,11 +3,12 @@
 Owns: where such a row keeps its turns, and which replies are whole. Does not know: fields of turns, templates.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from draftsmith.data.chats.gemini import GEMINI_ANSWER, GEMINI_FIELDS, flat_gemini, has_candidates, is_gemini
 from draftsmith.data.chats.messages import listed, objects
+from draftsmith.data.chats.other_rows import usual
 from draftsmith.data.chats.responses_api import (
     RESPONSES_ANSWER,
     RESPONSES_FIELDS,
@@ -15,12 +16,27 @@ from draftsmith.data.chats.responses_api import (
     has_items,
     is_responses,
 )
+from draftsmith.data.chats.spellings import is_whole, plain_turns, role_of
 from draftsmith.data.chats.tool_calls import TOOL_FIELDS, says_nothing
 from draftsmith.json_rows import UnusableRow, parse_object
 
-_REQUEST_FIELDS, _RESPONSE_FIELDS, _BODY = ("request", "body"), ("response", "completion"), "body"
+_REQUEST_FIELDS = (
+    *("request", "body", "params", "modelInput", "request_body", "requestBody", "proxy_server_request"),
+    *("inputs", "input", "chat"),
+)
+_RESPONSE_FIELDS = (
+    *("response", "completion", "result", "modelOutput", "response_body", "responseBody"),
+    *("outputs", "output", "preferred_output"),
+)
+_BODIES = ("body", "inputBodyJson", "outputBodyJson")
+# Beside one of these, a field such as `input` is the format's.
+_OLDER = ("conversations", "conversation", "instruction", "question", "turns", "prompt", "text")
+_LOGS_OWN = ("request", "body", "response", "completion", "choices")
+# Where a response has its reply, and why it ended.
+_REPLIES = ("choices", "message", "output", "generations", "messages", "text", "generated_text")
+_FINISH = ("finish_reason", "stop_reason", "stopReason", "done_reason", "finishReason")
 # Of the request, what belongs to the row.
-_KEPT = ("messages", "system", "chat_template_kwargs", *TOOL_FIELDS)
+_KEPT = ("messages", "system", "chat_template_kwargs", "toolConfig", *TOOL_FIELDS)
 
 
 class _Dialect(NamedTuple):
@@ -38,12 +54,6 @@ _DIALECTS = (
     _Dialect(is_responses, has_items, flat_responses, RESPONSES_FIELDS, RESPONSES_ANSWER),
     _Dialect(is_gemini, has_candidates, flat_gemini, GEMINI_FIELDS, GEMINI_ANSWER),
 )
-# Why a server ended a reply that is whole: OpenAI's words, Anthropic's and those of Text Generation Inference.
-_WHOLE = (
-    *(None, "stop", "tool_calls", "function_call"),
-    *("end_turn", "stop_sequence", "tool_use"),
-    *("eos", "eos_token"),
-)
 
 
 def is_log(row: Mapping[str, Any]) -> bool:
@@ -60,7 +70,8 @@ def is_log(row: Mapping[str, Any]) -> bool:
         return True
     has_turns = row.get("messages") is not None or any(objects(row.get(name)) for name in ("input", "contents"))
     responses = [name for name in _RESPONSE_FIELDS if has_turns or not isinstance(row.get(name), str)]
-    return any(_is_response(_inner(_object(row, name) or {})) for name in responses)
+    given = [_inner(_object(row, name) or {}) for name in responses if name not in row or not _is_older(row, name)]
+    return any(_is_response(response) or (has_turns and _holds_turn(response)) for response in given)
 
 
 def flat_log(row: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
@@ -75,10 +86,17 @@ def flat_log(row: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
     Raises:
         UnusableRow: there is no request, the response has several choices or none, or the server failed.
     """
-    flat = {name: value for name, value in row.items() if name not in (*_REQUEST_FIELDS, *_RESPONSE_FIELDS, "choices")}
+    envelopes = (*_REQUEST_FIELDS, *_RESPONSE_FIELDS)
+    flat = {name: value for name, value in row.items() if name not in _LOGS_OWN}
+    flat = {name: value for name, value in flat.items() if name not in envelopes or _object(row, name) is None}
     for request in _requests(row):
         flat |= {name: request[name] for name in _KEPT if request.get(name) is not None}
+    for response in _responses(row):
+        if not says_nothing(response.get("error")):
+            raise UnusableRow(f"the response is an error of the server: {response['error']!r:.80}")
     flaw = None
+    if says_nothing(flat.get("messages")):
+        flat.pop("messages", None)
     if flat.get("messages") is None:
         flat, flaw, is_answered = _of_other_api(flat, row)
         if is_answered:
@@ -88,15 +106,19 @@ def flat_log(row: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
             "the row is a response without its request, or a request without messages; put both into one row (`request` and `response`), "
             "joined by custom_id"
         )
-    choice = _choice(row)
-    if choice is None:
+    reply = _reply_of(row)
+    if reply is None:
         return flat, flaw
     turns = listed(flat["messages"], "the list of turns")
+    if isinstance(turns, list | tuple) and len(turns) == 1 and isinstance(turns[0], list | tuple):
+        [turns] = turns  # LangChain's runs hold a list of conversations
     if not isinstance(turns, list | tuple):
         raise UnusableRow("the messages of the request are not a list")
-    flat["messages"] = [*turns, choice.get("message")]
-    finish = choice.get("finish_reason")
-    return flat, flaw if finish in _WHOLE else f"the reply was cut (finish_reason {finish!r:.80})"
+    replies, finish = reply
+    # A graph's output begins with its input.
+    flat["messages"] = replies if list(turns) == replies[: len(turns)] else [*turns, *replies]
+    flat = {name: value for name, value in flat.items() if name not in _RESPONSE_FIELDS}
+    return flat, flaw if is_whole(finish) else f"the reply was cut (finish_reason {finish!r:.80})"
 
 
 def _of_other_api(flat: dict[str, Any], row: Mapping[str, Any]) -> tuple[dict[str, Any], str | None, bool]:
@@ -126,18 +148,28 @@ def _object(row: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
 
 
 def _inner(outer: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a batch file holds in a `body`."""
-    return _object(outer, _BODY) or outer
+    """What a batch file, or Bedrock's log, holds in a body."""
+    return next((inner for name in _BODIES if (inner := _object(outer, name)) is not None), outer)
+
+
+def _is_older(row: Mapping[str, Any], name: str) -> bool:
+    """Whether a field that is not a log's alone belongs to the format of another field."""
+    return name not in _LOGS_OWN and any(row.get(older) is not None for older in _OLDER)
+
+
+def _objects(row: Mapping[str, Any], names: Iterable[str]) -> list[Mapping[str, Any]]:
+    outer = [_object(row, name) for name in names if not _is_older(row, name)]
+    return [_inner(inner) for inner in outer if inner is not None]
 
 
 def _requests(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """What may be a request of a row."""
-    return [_inner(inner) for name in _REQUEST_FIELDS if (inner := _object(row, name)) is not None]
+    """What may be a request of a row, with the names that formats know."""
+    return [usual(request)[0] for request in _objects(row, _REQUEST_FIELDS)]
 
 
 def _responses(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """What may be a response of a row."""
-    return [_inner(inner) for name in _RESPONSE_FIELDS if (inner := _object(row, name)) is not None]
+    return _objects(row, _RESPONSE_FIELDS)
 
 
 def _is_request(request: Mapping[str, Any]) -> bool:
@@ -155,29 +187,62 @@ def _are_choices(value: object) -> bool:
     return isinstance(value, list | tuple) and any(isinstance(entry, Mapping) and "message" in entry for entry in value)
 
 
-def _choice(row: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The choice of a row's response; None where the row has no response.
+def _holds_turn(response: Mapping[str, Any]) -> bool:
+    """Whether an object is an assistant's turn, or holds one as its message."""
+    return any(
+        isinstance(turn, Mapping) and role_of(turn.get("role")) == "assistant"
+        for turn in (response, response.get("message"))
+    )
+
+
+def _reply_of(row: Mapping[str, Any]) -> tuple[list[Any], Any] | None:
+    """The turns of a row's response, and why they ended; None where the row has no response.
 
     A response may be the message itself, as Anthropic's is, or its text.
     """
-    given = [(name, row[name]) for name in _RESPONSE_FIELDS if row.get(name) is not None]
-    responses = _responses(row)
+    values: list[Any] = [*_responses(row)]
     if _are_choices(row.get("choices")):
-        responses.append(row)
-    if not responses and given:
-        name, value = given[0]
-        if not isinstance(value, str):
-            raise UnusableRow(f"the {name} is {type(value).__name__}, neither an object nor text")
-        return {"message": {"role": "assistant", "content": value}}
-    if not responses:
-        return None
-    response = responses[-1]
-    if "choices" not in response and response.get("role") == "assistant":
-        return {"message": response, "finish_reason": response.get("stop_reason")}
-    if not says_nothing(response.get("error")):
-        raise UnusableRow(f"the response is an error of the server: {response['error']!r:.80}")
-    choices = response.get("choices")
-    if not isinstance(choices, list | tuple) or len(choices) != 1 or not isinstance(choices[0], Mapping):
-        number = len(choices) if isinstance(choices, list | tuple) else 0
-        raise UnusableRow(f"the response has {number} choices; a conversation has one reply")
-    return choices[0]
+        values.append({"choices": row["choices"]})
+    if not values:
+        given = [row[name] for name in _RESPONSE_FIELDS if row.get(name) is not None and not _is_older(row, name)]
+        values = [listed(value, "the response") for value in given[:1]]
+    return _reply(values[-1], "the response") if values else None
+
+
+def _reply(value: Any, place: str) -> tuple[list[Any], Any]:
+    """The turns of a reply, and why it ended.
+
+    Raises:
+        UnusableRow: there is none, or several to choose among.
+    """
+    if isinstance(value, str):
+        return [{"role": "assistant", "content": value}], None
+    if isinstance(value, list | tuple):
+        turns = [each for entry in value for each in plain_turns(entry)]
+        if (
+            len(value) > 1
+            and not _are_choices(value)
+            and all(isinstance(turn, Mapping) and role_of(turn.get("role")) for turn in turns)
+        ):
+            return turns, next((turns[-1][name] for name in _FINISH if turns[-1].get(name) is not None), None)
+        if len(value) != 1:
+            raise UnusableRow(f"{place} has {len(value)} choices; a conversation has one reply")
+        return _reply(value[0], place)
+    if not isinstance(value, Mapping):
+        raise UnusableRow(f"the {place.removeprefix('the ')} is {type(value).__name__}, neither an object nor text")
+    finish = next((value[name] for name in _FINISH if value.get(name) is not None), None)
+    [turn] = plain_turns(value) if value.get("kind") != "request" else [None]
+    name = next((name for name in _REPLIES if not says_nothing(value.get(name))), None)
+    # A choice holds its message; Anthropic's response, and LangChain's, are one.
+    if (
+        isinstance(turn, Mapping)
+        and role_of(turn.get("role")) == "assistant"
+        and name not in ("choices", "generations")
+    ):
+        return [turn], finish
+    if name is None and "choices" in value:
+        raise UnusableRow(f"{place} has 0 choices; a conversation has one reply")
+    if name is None:
+        raise UnusableRow(f"{place} has no reply; its fields are {sorted(value)!s:.120}")
+    replies, inner = _reply(value[name], place)
+    return replies, finish if inner is None else inner

@@ -36,7 +36,7 @@ def is_responses(row: Mapping[str, Any]) -> bool:
 
 
 def has_items(response: Mapping[str, Any]) -> bool:
-    """Whether the `output` of a response holds items.
+    """Whether the `output` of a response holds items, or is empty because the response was cut or failed before the first.
 
     Args:
         response: of a log, or a row.
@@ -44,7 +44,9 @@ def has_items(response: Mapping[str, Any]) -> bool:
     Returns:
         True where it does.
     """
-    return _are_items(response.get("output"))
+    output = response.get("output")
+    is_empty = output in ([], ()) and (response.get("object") == "response" or response.get("status") in _NOT_WHOLE)
+    return is_empty or _are_items(output)
 
 
 def parameters_of_items(row: Mapping[str, Any]) -> set[str]:

@@ -61,6 +61,19 @@ _NAMES = ("name", "toolName", "tool_name", "tool")
 _INPUTS = ("input", "args", "arguments")
 _RESULTS = ("content", "output", "result", "response")
 _TEXTS = ("text", "content", "value", "thinking", "reasoning", "reasoning_text", "reasoningText", "summary")
+# Why a server ended a reply that is whole: OpenAI's words, Anthropic's, Cohere's, and those of Text Generation Inference.
+_WHOLE = (
+    "stop",
+    "tool_calls",
+    "tool_call",
+    "function_call",
+    "end_turn",
+    "stop_sequence",
+    "tool_use",
+    "complete",
+    "eos",
+    "eos_token",
+)
 # LangChain keeps here what its own fields do not name.
 _EXTRAS, _BAD_CALLS = "additional_kwargs", "invalid_tool_calls"
 _KEPT_EXTRAS = ("tool_calls", "function_call", "reasoning_content")
@@ -76,6 +89,18 @@ def word(role: Any) -> str | None:
         The word; None where the role is no text.
     """
     return role.strip().lower().replace("-", "_").replace(" ", "_") if isinstance(role, str) else None
+
+
+def is_whole(finish: Any) -> bool:
+    """Whether a server ended a reply because it was whole.
+
+    Args:
+        finish: the server's reason.
+
+    Returns:
+        True where it was, or the server does not say.
+    """
+    return finish is None or (isinstance(finish, str) and finish.lower() in _WHOLE)
 
 
 def role_of(value: Any) -> str | None:
@@ -126,6 +151,8 @@ def plain_turns(turn: Any) -> list[Any]:
     for name in _KEPT_EXTRAS if isinstance(extras, Mapping) else ():
         if says_nothing(fields.get(name)) and not says_nothing(extras.get(name)):
             fields[name] = extras[name]
+    if role_of(fields.get("role")) == "tool" and fields.get("name") is None and fields.get("tool_name") is not None:
+        fields["name"] = fields["tool_name"]
     if not says_nothing(fields.get(_BAD_CALLS)):
         raise UnusableRow(f"a turn has {_BAD_CALLS}, which LangChain could not read; remove the row, or mend the calls")
     return [fields]

@@ -15,6 +15,8 @@ T = TypeVar("T", bound=Mapping[str, Any])
 _NONE: tuple[object, ...] = (None, "", "null", "None", "[]", "{}", [], ())
 # OpenAI's name of a call's arguments, and those of Llama, LangChain and Bedrock, which count where it says nothing.
 _ARGUMENT_FIELDS = ("arguments", "parameters", "args", "input")
+# Where the function lies in an entry: OpenAI's name, Bedrock's and OpenInference's.
+_WRAPPERS = ("function", "toolSpec", "tool_call")
 _CALL_TYPES = (None, "function", "tool_call")
 CALL_FIELDS = ("tool_calls", "function_call", "function_calls")
 # Where null is a value of a schema; elsewhere a table has filled it in.
@@ -35,11 +37,19 @@ def read_tools(row: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     Raises:
         UnusableRow: different `tools` and `functions`, anything but a list, or an entry without a function's name.
     """
+    config = row.get("toolConfig")
+    if isinstance(config, Mapping) and says_nothing(row.get("tools")):  # Bedrock's
+        row = {**row, "tools": [tool for tool in config.get("tools") or () if not _is_mark(tool)]}
     given = {name: _tools(row[name], name) for name in TOOL_FIELDS if not says_nothing(row.get(name))}
     for name, tools in given.items():
         if tools != next(iter(given.values())):
             raise UnusableRow(f"the row has {next(iter(given))} and other {name}; one of them is enough")
     return next(iter(given.values()), ())
+
+
+def _is_mark(tool: Any) -> bool:
+    """Whether an entry of Bedrock's tools only says where a server's cache may end."""
+    return isinstance(tool, Mapping) and set(tool) == {"cachePoint"}
 
 
 def _tools(value: Any, name: str) -> tuple[dict[str, Any], ...]:
@@ -174,7 +184,9 @@ def _function(entry: Any, place: str) -> Mapping[str, Any]:
         raise UnusableRow(f"{place} is {type(entry).__name__}, not an object")
     if entry.get("type") not in _CALL_TYPES:
         raise UnusableRow(f"{place} is of the type {entry['type']!r:.80}; only functions are read")
-    function = entry if entry.get("function") is None else entry["function"]
+    function = next((entry[name] for name in _WRAPPERS if entry.get(name) is not None), entry)
+    if isinstance(function, Mapping) and isinstance(function.get("function"), Mapping):
+        function = function["function"]
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(name, str) or not name.strip():
         raise UnusableRow(f"{place} names no function")
@@ -184,8 +196,10 @@ def _function(entry: Any, place: str) -> Mapping[str, Any]:
 def _tool(entry: Any, place: str) -> dict[str, Any]:
     function = _function(entry, place)
     function = {name: value for name, value in _without_nulls(function).items() if name != "type"}
-    schema = function.pop("input_schema", None)  # Anthropic's name
-    function |= {} if schema is None else {"parameters": schema}
+    for name in ("input_schema", "inputSchema"):  # Anthropic's name; that of MCP and Bedrock
+        schema = function.pop(name, None)
+        schema = schema["json"] if isinstance(schema, Mapping) and set(schema) == {"json"} else schema
+        function |= {} if schema is None else {"parameters": schema}
     if isinstance(function.get("parameters"), str):
         function["parameters"] = _parameters(function["parameters"])
     return {"type": "function", "function": function}
