@@ -145,6 +145,10 @@ def detect_format(row: Mapping[str, Any]) -> Format:
         raise UnusableRow(
             "chosen is a text without a prompt; give turns, as in [{'role': 'user', 'content': ...}, ...]"
         )
+    if row.get("object") == "response":
+        raise UnusableRow(
+            "the row is a response without its request (object 'response'); put both into one row, `request` and `response`"
+        )
     known = ", ".join(name for name in get_args(Format) if name != "auto")
     raise UnusableRow(f"no known format has the fields {sorted(fields)!s:.200}; known are {known}")
 
@@ -185,7 +189,9 @@ def _with_thought(conversation: Conversation, row: Mapping[str, Any], row_format
     is_apart = row_format in ("prompt", "alpaca", "gsm8k", "responses") and turns and turns[-1]["role"] == "assistant"
     if thought is None or not is_apart or "reasoning_content" in turns[-1]:
         return conversation
-    return replace(conversation, turns=(*turns[:-1], {**turns[-1], "reasoning_content": thought}))
+    answer = turns[-1].copy()
+    answer["reasoning_content"] = thought
+    return replace(conversation, turns=(*turns[:-1], answer))
 
 
 def _checked_turns(conversation: Conversation) -> Conversation:

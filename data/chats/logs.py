@@ -243,6 +243,7 @@ def _reply(value: Any, place: str) -> tuple[list[Any], Any]:
     if name is None and "choices" in value:
         raise UnusableRow(f"{place} has 0 choices; a conversation has one reply")
     if name is None:
-        raise UnusableRow(f"{place} has no reply; its fields are {sorted(value)!s:.120}")
+        status = "" if value.get("status") is None else f" (status {value['status']!r:.80})"
+        raise UnusableRow(f"{place} has no reply{status}; its fields are {sorted(value)!s:.120}")
     replies, inner = _reply(value[name], place)
     return replies, finish if inner is None else inner

@@ -65,7 +65,10 @@ def check_whole(row: Mapping[str, Any]) -> None:
     Raises:
         UnusableRow: it is a piece, or a tree.
     """
+    is_asked = any(isinstance(row.get(name), str | list | tuple) for name in ("prompt", "question", "turns", "input"))
     names = next((names for names in _PIECES if all(name in row for name in names)), None)
+    if is_asked:
+        return
     if names is not None:
         raise UnusableRow(
             f"the row is {_PIECES[names]}, by its {' and '.join(names)}; write each conversation as one row with `messages`, "
@@ -104,7 +107,18 @@ def usual(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], str | None]:
     preferred = _of_pair(row)
     if preferred is not None:
         return preferred
-    return _renamed(row), None
+    return _renamed(row), _cut_turn(row)
+
+
+def _cut_turn(row: Mapping[str, Any]) -> str | None:
+    """Why a reply of LangChain's is not whole, by the server's reason that it keeps."""
+    for turn in objects(row.get("messages")):
+        fields = next((turn[name] for name in ("data", "kwargs") if isinstance(turn.get(name), Mapping)), turn)
+        said = fields.get("response_metadata")
+        for name in ("finish_reason", "stop_reason", "done_reason") if isinstance(said, Mapping) else ():
+            if isinstance(said.get(name), str) and not is_whole(said[name]):
+                return f"the reply was cut ({name} {said[name]!r:.80})"
+    return None
 
 
 def _renamed(row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -221,9 +235,12 @@ def _of_pair(row: Mapping[str, Any]) -> tuple[dict[str, Any], str | None] | None
     if names[0] == "conversation_a":
         return flat | {"messages": better}, flaw
     texts = [listed(value, "the prompt") for value in (question, better)]
-    if all(isinstance(value, list | tuple) and all(isinstance(text, str) for text in value) for value in texts):
-        woven = [text for pair in zip(*texts, strict=False) for text in pair]
-        return flat | {"messages": _alternating(woven)}, flaw
+    if all(isinstance(value, list | tuple) for value in texts):
+        if len(texts[0]) != len(texts[1]) or not all(isinstance(text, str) for text in (*texts[0], *texts[1])):
+            raise UnusableRow(
+                "the row has a list of questions and a list of answers that do not pair; give each question one text"
+            )
+        return flat | {"messages": _alternating([text for pair in zip(*texts, strict=True) for text in pair])}, flaw
     return flat | {"prompt": question, "response": better}, flaw
 
 
@@ -231,9 +248,9 @@ def _verdict(row: Mapping[str, Any]) -> int | None:
     """Which of two answers people preferred, 0 or 1; 0 where they liked both alike, -1 where neither."""
     winner = row.get("winner")
     if isinstance(winner, str):
-        if "bad" in winner:
-            return -1
-        return 1 if winner.strip().lower() in ("model_b", "b") else 0
+        word = winner.strip().lower()
+        verdicts = {"model_a": 0, "a": 0, "tie": 0, "model_b": 1, "b": 1}
+        return -1 if "bad" in word else verdicts.get(word)
     for number, name in enumerate(("winner_model_a", "winner_model_b", "winner_tie")):
         if str(row.get(name)) in ("1", "1.0", "True", "true"):
             return number % 2

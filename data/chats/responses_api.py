@@ -44,8 +44,8 @@ def has_items(response: Mapping[str, Any]) -> bool:
     Returns:
         True where it does.
     """
-    output = response.get("output")
-    is_empty = output in ([], ()) and (response.get("object") == "response" or response.get("status") in _NOT_WHOLE)
+    output, status = response.get("output"), response.get("status")
+    is_empty = (output in ([], ()) and isinstance(status, str)) or (output is None and status in _NOT_WHOLE)
     return is_empty or _are_items(output)
 
 
@@ -215,6 +215,8 @@ def _cut(row: Mapping[str, Any], items: Sequence[Any]) -> str | None:
         own = [item.get("status") for number, item in enumerate(items) if _is_replys(item, number)]
         status = next((given for given in own if given not in (None, "completed")), None)
     why = why if status is None else [f"status {status!r:.80}", *why]
+    if not why and row.get("output") in ([], ()):
+        return "the response has no items in output"
     return f"the reply was cut ({', '.join(why)})" if why else None
 
 

@@ -240,9 +240,11 @@ def _plain_blocks(block: Any) -> Iterator[Any]:
     if kind == THOUGHT and own_type != THOUGHT and _ENCRYPTED in inner:
         yield {"type": "redacted_thinking"}
     elif kind == THOUGHT and (own_type != THOUGHT or THOUGHT not in inner):
-        words = _words(inner)
         # A server may keep the text of its thought to itself.
-        yield from [{"type": THOUGHT, THOUGHT: words}] if words else [block] if own_type == THOUGHT else []
+        if words := _words(inner):
+            yield {"type": THOUGHT, THOUGHT: words}
+        elif own_type == THOUGHT:
+            yield block
     elif kind == "text" and (own_type is None or not isinstance(inner.get("text"), str)):
         yield {"type": "text", "text": _words(inner)}
     elif kind == CALL:

@@ -416,6 +416,22 @@ def test_spans_that_agree_train_on_the_whole_turn_or_none_of_it(
         ({"messages": [ASKED, NO], "weight": 0}, "the row has weight 0"),
         ({"messages": [ASKED, NO | {"invalid_tool_calls": [{"args": "{"}]}]}, "invalid_tool_calls"),
         ({"request": {"input": "Is it warm?"}, "response": CUT}, "the reply was cut .status 'incomplete', max_out"),
+        ({"request": {"input": "Is it warm?"}, "response": CUT | {"output": None}}, "the reply was cut .status 'incom"),
+        ({"request": {"messages": [ASKED]}, "response": CUT}, "has no reply .status 'incomplete'."),
+        ({"object": "response", **CUT}, "a response without its request"),
+        (
+            {"request": {"input": "Is it warm?"}, "response": {"status": "completed", "output": []}},
+            "the response has no items in output",
+        ),
+        (
+            {
+                "messages": [
+                    human("Is it warm?"),
+                    {"type": "ai", "data": {"content": "No", "response_metadata": {"finish_reason": "length"}}},
+                ]
+            },
+            "the reply was cut .finish_reason 'length'",
+        ),
         ({"input": "Is it warm?", **CUT}, "the reply was cut .status 'incomplete', max_output_tokens"),
         (
             {
@@ -447,6 +463,10 @@ def test_spans_that_agree_train_on_the_whole_turn_or_none_of_it(
             {"message_id": "a", "parent_id": "t", "text": "No.", "role": "assistant"},
             "one message of a tree .OpenAssistant., by its parent_id and message_id",
         ),
+        (
+            {"prompt": '["Is it warm?", "Sure?"]', "response_a": '["No."]', "response_b": '["Yes."]', "winner_tie": 1},
+            "a list of questions and a list of answers that do not pair",
+        ),
         ({"role": "assistant", "text": "No."}, "a single turn, by its role"),
         ({"mapping": {}, "current_node": "c"}, "an export of ChatGPT., by its mapping and current_node"),
         ({"messages": [ASKED, NO | {"content": [{"searchResult": {}}]}]}, "has no type, and the fields"),
@@ -477,6 +497,7 @@ def test_the_question_of_a_response_that_was_cut_before_its_first_word_is_a_prom
             "alpaca",
         ),
         ({"messages": [ASKED], "answer": "9"}, "openai"),
+        ({"prompt": "Is it warm?", "payload": {}, "type": "x"}, "prompt"),
         ({"text": "doc", "attributes": {"lang": "en"}}, "text"),
     ],
 )
