@@ -24,8 +24,7 @@ from draftsmith.data.chats.messages import (
     listed,
     read_turns,
 )
-from draftsmith.data.chats.other_rows import check_whole, thought_beside, usual
-from draftsmith.data.chats.pairs import turns_of_pairs
+from draftsmith.data.chats.other_rows import check_whole, thought_beside, turns_of_pairs, usual
 from draftsmith.data.chats.responses_api import flat_responses, is_responses, parameters_of_items
 from draftsmith.data.chats.tool_calls import says_nothing, without_fillers
 from draftsmith.json_rows import UnusableRow

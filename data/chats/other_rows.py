@@ -1,4 +1,4 @@
-"""Rows whose fields have other names than the formats know: traces, Cohere's, pairs of answers of which people chose one.
+"""Rows whose fields have other names than the formats know: traces, Cohere's, questions with their answers, answers that people compared.
 
 Owns: these names, and how such a row becomes one of a known format. Does not know: fields of turns, requests, templates.
 """
@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from draftsmith.data.chats.messages import listed, objects
+from draftsmith.data.chats.messages import ROLE_FIELDS, listed, objects
 from draftsmith.data.chats.spellings import is_whole, plain_turns, role_of
 from draftsmith.data.chats.tool_calls import says_nothing
 from draftsmith.json_rows import UnusableRow
@@ -54,6 +54,48 @@ _PIECES = {
 _SETTINGS = ("on", "off", "none", "minimal", "low", "medium", "high", "auto", "true", "false", "yes", "no", "xhigh")
 # A conversation in one text, as Anthropic's first API and data sets of its time have it.
 _SPEAKER = re.compile(r"(?:\A|\n\n)\s*(Human|Assistant):")
+# XTuner's names, Firefly's and BELLE's, and others that data sets use.
+_TURN_PAIRS = (
+    ("input", "output"),
+    ("human", "assistant"),
+    ("user", "assistant"),
+    ("question", "answer"),
+    ("prompt", "response"),
+)
+_IS_TRAINED = "output_with_loss"  # of XTuner
+
+
+def turns_of_pairs(conversation: Any) -> Any:
+    """Make the turns of a conversation of pairs.
+
+    Example: `[{"system": "Be brief.", "input": "Sure?", "output": "Yes."}]` gives a turn of the system, one of the user and one of the
+    assistant.
+
+    Args:
+        conversation: of a row.
+
+    Returns:
+        The turns; the conversation as it is where its entries are no pairs.
+    """
+    entries = objects(conversation)
+    names = next((names for names in _TURN_PAIRS if entries and all(_is_pair(entry, names) for entry in entries)), None)
+    if names is None:
+        return conversation
+    turns: list[dict[str, Any]] = []
+    for entry in entries:
+        if not says_nothing(entry.get("system")):
+            turns.append({"role": "system", "content": entry["system"]})
+        turns.append({"role": "user", "content": entry[names[0]]})
+        if entry.get(names[1]) is not None:
+            turns.append({"role": "assistant", "content": entry[names[1]], "train": entry.get(_IS_TRAINED)})
+    return turns
+
+
+def _is_pair(entry: Mapping[str, Any], names: tuple[str, str]) -> bool:
+    """Whether an entry has the fields of a pair, and no role; of the last one, the answer may be absent."""
+    return (
+        entry.get(names[0]) is not None and names[1] in entry and all(entry.get(name) is None for name in ROLE_FIELDS)
+    )
 
 
 def check_whole(row: Mapping[str, Any]) -> None:

@@ -41,7 +41,7 @@ ROLES = {
 THOUGHT, CALL, RESULT, STEP = "thinking", "tool_use", "tool_result", "step-start"
 """The types of blocks that are a thought, a call, what a tool gave back, and the beginning of a further reply."""
 
-# Fields that say who speaks where there is no role, and what was said where there is no content.
+# Fields that name the speaker where there is no role, and hold the words where there is no content.
 _OTHER_ROLE_FIELDS = ("type", "author", "sender", "speaker", "source", "kind", "part_kind")
 _OTHER_CONTENT_FIELDS = ("text", "message", "parts", "blocks", "items")
 _ROLE_ENDINGS = ("chunk", "message", "_prompt", "_return")
