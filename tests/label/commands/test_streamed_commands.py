@@ -17,7 +17,7 @@ from draftsmith.label.store.store import Store
 from draftsmith.label.token_rows import read_rows
 
 BATCH = 25
-"""Answers in a batch of these tests: `label rows` tokenizes each answer, and takes 15 ms for it where memory is traced."""
+"""Answers in a batch of these tests. `label rows` tokenizes each answer, which takes milliseconds where memory is traced."""
 SMALL, LARGE = 2 * BATCH, 12 * BATCH
 TEXT = "Tom has 3.\n3 + 4 = 8" + " so it is 8" * 20
 
