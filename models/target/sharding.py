@@ -168,7 +168,8 @@ def _as_local_rank(device: torch.device) -> Iterator[None]:
 
     SLURM sets no such variable, and where a run takes some of a machine's GPUs it says another number.
     """
-    accelerator = torch.accelerator.current_accelerator()
+    # One that is there: a torch built for CUDA names CUDA on every machine.
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     if device.type == "cpu" and accelerator is not None and "DS_ACCELERATOR" not in os.environ:
         raise ValueError(
             f"device is cpu, but a sharded target is placed on this machine's {accelerator.type}; use that, or hide it "

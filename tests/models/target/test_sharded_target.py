@@ -324,8 +324,19 @@ def test_parts_are_placed_on_the_device_of_the_run_whatever_the_launcher_says(mo
 
 def test_the_cpu_is_refused_where_parts_would_be_placed_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
     with pytest.raises(ValueError, match="placed on this machine's cuda"):
+        load_sharded("embedded:target", "float32", ShardedOver("tp", 0, 2), torch.device("cpu"))
+
+
+def test_the_cpu_is_used_where_torch_is_built_for_a_gpu_and_none_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with PyPI's torch on a machine without a GPU, and where CUDA_VISIBLE_DEVICES is empty."""
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr("torch._C._accelerator_getAccelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert torch.accelerator.current_accelerator() == torch.device("cuda")
+    monkeypatch.setattr(sharding_module, "_load_part", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
         load_sharded("embedded:target", "float32", ShardedOver("tp", 0, 2), torch.device("cpu"))
 
 
