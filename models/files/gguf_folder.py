@@ -22,6 +22,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import transformers
+from transformers import PreTrainedTokenizerBase
 
 from draftsmith.extras import install_command
 from draftsmith.files import atomic_directory
@@ -31,7 +32,7 @@ from draftsmith.ownership import user_cache_folder
 _LOG = logging.getLogger(__name__)
 _SUFFIX = ".gguf"
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
-_FORMAT = 1  # of the folders in the cache; raise it when they change
+_FORMAT = 2  # of the folders in the cache; raise it when they change
 _HEAD, _BLOCK, _NUM_BLOCKS = 64 * 2**20, 64 * 2**10, 256  # bytes, bytes, count: what of a large file is hashed
 _VERSIONS = (2, 3)
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -39,6 +40,12 @@ _STRING, _ARRAY = 8, 9  # types of metadata values that have no fixed size
 _MOST_DIMENSIONS = 8
 _REMEDY = "download it again, or give the model's folder with safetensors"
 _ENDS = ("eos", "eot", "eom")  # end of text, of turn and of message
+_SPECIAL = {
+    "bos_token": "bos",
+    "eos_token": "eos",
+    "unk_token": "unknown",
+    "pad_token": "padding",
+}  # as GGUF names them
 
 
 @dataclass(frozen=True)
@@ -279,8 +286,16 @@ def _convert(file: Path, header: GgufHeader, folder: Path) -> None:
         model.config.update({"eos_token_id": list(_end_ids(header.fields)) or None})
         model.generation_config = transformers.GenerationConfig.from_model_config(model.config)
         model.save_pretrained(partial)
+        _name_special_tokens(tokenizer, header.fields)
         tokenizer.save_pretrained(partial)
         _drop_added_tokens(partial / "tokenizer.json", header.fields.get("tokenizer.ggml.tokens", 0))
+
+
+def _name_special_tokens(tokenizer: PreTrainedTokenizerBase, fields: Mapping[str, Any]) -> None:
+    """Give a tokenizer the special tokens that the file states: Transformers 5.17 takes a Llama's first token for its last one too."""
+    for name, key in _SPECIAL.items():
+        number = fields.get(f"tokenizer.ggml.{key}_token_id")
+        setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(number) if isinstance(number, int) else None)
 
 
 def _drop_added_tokens(file: Path, num_tokens: int) -> None:

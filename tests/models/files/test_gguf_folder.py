@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers.integrations.gguf
 from safetensors.torch import load_file
 from tiny import EOS, TEMPLATE, save_target
 from transformers import PreTrainedTokenizerFast
@@ -36,6 +37,7 @@ NAMES = {
 }  # fmt: skip
 KINDS = {"F32": np.float32, "F16": np.float16, "Q8_0": None}
 Change = Callable[[gguf.GGUFWriter], object]
+FIRST = 1  # the number of the token that files name as a text's first
 
 
 def gguf_name(name: str) -> str:
@@ -58,6 +60,7 @@ def write_gguf(
     change: Change | None = None,
     without: str = "",
     architecture: str = "llama",
+    first: int | None = FIRST,
 ) -> Path:
     """The model in a folder as a GGUF file with a byte-level BPE."""
     config = json.loads((folder / "config.json").read_text())
@@ -70,7 +73,7 @@ def write_gguf(
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    add_tokenizer(writer, json.loads((folder / "tokenizer.json").read_text()))
+    add_tokenizer(writer, json.loads((folder / "tokenizer.json").read_text()), first)
     if change is not None:
         change(writer)
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
@@ -91,7 +94,7 @@ def write_gguf(
     return file
 
 
-def add_tokenizer(writer: gguf.GGUFWriter, saved: dict[str, Any]) -> None:
+def add_tokenizer(writer: gguf.GGUFWriter, saved: dict[str, Any], first: int | None) -> None:
     special = {token["id"] for token in saved["added_tokens"]}
     tokens = sorted(saved["model"]["vocab"].items(), key=lambda item: item[1])
     writer.add_tokenizer_model("gpt2")
@@ -101,6 +104,8 @@ def add_tokenizer(writer: gguf.GGUFWriter, saved: dict[str, Any]) -> None:
         [gguf.TokenType.CONTROL if number in special else gguf.TokenType.NORMAL for _, number in tokens]
     )
     writer.add_token_merges([" ".join(pair) for pair in saved["model"]["merges"]])
+    if first is not None:
+        writer.add_bos_token_id(first)
     writer.add_eos_token_id(EOS)
     writer.add_pad_token_id(0)
     writer.add_add_bos_token(False)
@@ -158,6 +163,31 @@ def test_tokens_template_and_end_tokens_are_those_of_the_folder(file: Path, fold
     chat = [{"role": "user", "content": "How many?"}]
     assert ours.apply_chat_template(chat, tokenize=False) == theirs.apply_chat_template(chat, tokenize=False)
     assert read_end_tokens(str(file)) == Target.load(str(file)).eos_token_ids == (EOS,)
+
+
+def test_special_tokens_are_those_that_the_file_states(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mistaken(*arguments: Any) -> tuple[Any, Any]:
+        model, tokenizer = read(*arguments)
+        tokenizer.eos_token = tokenizer.bos_token  # as transformers 5.17 has it
+        return model, tokenizer
+
+    read = gguf_folder.read_gguf
+    monkeypatch.setattr(gguf_folder, "read_gguf", mistaken)
+    tokenizer = load_tokenizer(
+        str(write_gguf(tmp_path / "tiny.gguf", folder, change=lambda writer: writer.add_name("x")))
+    )
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (FIRST, EOS, 0)
+    assert tokenizer.unk_token is None
+
+
+@pytest.mark.skipif(
+    not hasattr(transformers.integrations.gguf, "GGUF_TOKENIZER_MAPPING"), reason="transformers 5.17 cannot read one"
+)
+def test_a_file_without_a_first_token_has_none(folder: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(write_gguf(tmp_path / "tiny.gguf", folder, first=None)))
+    assert (tokenizer.bos_token, tokenizer.eos_token_id) == (None, EOS)
 
 
 def test_ends_of_turns_and_messages_end_a_reply_too(folder: Path, tmp_path: Path) -> None:
