@@ -72,7 +72,7 @@ class PhraseRing:
         # A gap belongs to a phrase where a token is before it.
         is_written_BNS = is_token_BNS | F.pad(is_token_BNS[..., :-1], (1, 0))
         is_written_BX = is_written_BNS.flatten(1)
-        place_BX = is_written_BX.cumsum(1) - 1
+        place_BX = is_written_BX.long().cumsum(1) - 1
         is_written_BX = is_written_BX & (place_BX < size)
         slot_BX = torch.where(is_written_BX, (self.ends_B[:, None] + place_BX) % size, size)
         tokens_BR = F.pad(self.tokens_BR, (0, 1)).scatter(1, slot_BX, tokens_BNS.flatten(1))[:, :size]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
 import torch
-from doubles import BOS, family_configs, random_model, random_target
+from doubles import BOS, VOCAB, family_configs, random_model, random_target
 from every_family import EVERY_FAMILY, fresh, name_of
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,13 +20,31 @@ from draftsmith.decode.batch import Batch, Request
 from draftsmith.decode.cycle import DecodeCycle
 from draftsmith.decode.prefill import Prefill
 from draftsmith.decode.verify.lossy_rule import LossyRule
-from draftsmith.decode.verify.lossy_rules import Divergence, Ensemble, TopK, Typical, UnsureDivergence
+from draftsmith.decode.verify.lossy_rules import (
+    Divergence,
+    Ensemble,
+    Everything,
+    JudgeRule,
+    TopK,
+    Typical,
+    UnsureDivergence,
+)
 from draftsmith.decode.verify.thoughts import ThoughtMarks
 from draftsmith.decode.verify.uncertain_rules import Fly, Margin, Relaxed
 from draftsmith.models import Drafter, DraftLimits, EarlyStop, LMDrafter, Target
+from draftsmith.models.composed.phrase_drafter import PhraseConfig, PhraseDrafter
+from draftsmith.models.composed.refined_drafter import RefinedConfig, RefinedDrafter
+from draftsmith.models.composed.revisers import LMReviser, NgramReviser
+from draftsmith.models.composed.shared_pool import SharedPool
+from draftsmith.models.composed.suffix_drafter import SuffixConfig, SuffixDrafter
+from draftsmith.models.judge import WITH_OPINION, Judge, JudgeConfig
+from draftsmith.models.lora.lora_adapter import LoraSettings, add_adapter
+from draftsmith.models.ngrams.kneser_ney import kneser_ney
+from draftsmith.models.target.target import PRE_NORM
 from draftsmith.models.tree.shapes import parse_shape
 
 SHAPES = ["1x3", "4x3", "4x3n6", "s2.1", "k2.1"]
+TEXTS = [[5, 9, 11, 4, 7, 8, 8, 30, 31], [30, 31, 32, 5, 9, 4, 7, 11, 4, 7]]
 VIEWS = {"alias", "detach", "expand", "permute", "select", "slice", "split", "squeeze", "t", "transpose", "unbind"}
 VIEWS |= {"_unsafe_view", "as_strided", "split_with_sizes", "unsqueeze", "view"}
 
@@ -149,8 +167,49 @@ def drafters(target: Target) -> dict[str, Drafter | None]:
     return {"plain": None, **families, "draft LM": LMDrafter(random_target(seed=3)).eval().to("meta")}
 
 
+def made_of_others(target: Target) -> dict[str, Drafter]:
+    """Drafters made of others or of the text alone, one with a draft vocabulary and one with an adapter."""
+    families = {name_of(family): family for family in EVERY_FAMILY}
+
+    def head(name: str, draft_ids: torch.Tensor | None = None) -> Drafter:
+        return fresh(families[name], target.ends, draft_ids)
+
+    adapted = head("redrafter")
+    add_adapter(adapted, LoraSettings(rank=2), "a")
+    refined = {"head": "head", "alpha": 0.7, "num_candidates": 8}
+    table, lm = NgramReviser(kneser_ney(TEXTS, VOCAB, 3)), LMReviser(LMDrafter(random_target(seed=3)))
+    return {
+        "suffixes": SuffixDrafter(SuffixConfig()),
+        JOINED: SuffixDrafter(SuffixConfig(), head("eagle"), SharedPool.of(TEXTS, VOCAB)),
+        "phrases": PhraseDrafter(PhraseConfig(phrase_length=2)),
+        "phrases behind EAGLE": PhraseDrafter(PhraseConfig(phrase_length=2), head("eagle")),
+        "ReDrafter with a table": RefinedDrafter(RefinedConfig(**refined, ngrams="table"), head("redrafter"), table),
+        "ReDrafter with an LM": RefinedDrafter(RefinedConfig(**refined, lm="small"), head("redrafter"), lm),
+        "EAGLE with a draft vocabulary": head("eagle", torch.arange(0, VOCAB, 2)),
+        "ReDrafter with an adapter": adapted,
+    }
+
+
+JOINED = "suffixes of a pool, with EAGLE"  # in trees only
+OTHERS = [
+    "suffixes",
+    JOINED,
+    "phrases",
+    "phrases behind EAGLE",
+    "ReDrafter with a table",
+    "ReDrafter with an LM",
+    "EAGLE with a draft vocabulary",
+    "ReDrafter with an adapter",
+]
+
+
 @pytest.fixture(scope="module")
-def on_meta(target: Target, drafters: dict[str, Drafter | None]) -> Target:
+def others(target: Target) -> dict[str, Drafter]:
+    return {name: drafter.eval().to("meta") for name, drafter in made_of_others(target).items()}
+
+
+@pytest.fixture(scope="module")
+def on_meta(target: Target, drafters: dict[str, Drafter | None], others: dict[str, Drafter]) -> Target:
     """The target without numbers; the drafters were made from its numbers before."""
     return target.to("meta")
 
@@ -188,6 +247,20 @@ def test_a_cycle_reads_nothing_and_makes_nothing_from_lists(
         assert report.columns_BC.shape == (2, 1 + report.num_slots)
 
 
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [(name, shape) for name in OTHERS for shape in ("1x4", "4x4n6") if name != JOINED or shape != "1x4"],
+)
+@torch.no_grad()
+def test_drafters_made_of_others_read_nothing_either(
+    on_meta: Target, others: dict[str, Drafter], name: str, shape: str
+) -> None:
+    request = GenerationSettings(max_new_tokens=20, temperature=1.0, top_p=0.9, repetition_penalty=1.2)
+    cycle, batch = begun(on_meta, others[name], parse_shape(shape), request)
+    with as_captured():
+        cycle(batch, request)
+
+
 @torch.no_grad()
 def test_an_early_stop_reads_nothing_either(on_meta: Target, drafters: dict[str, Drafter | None]) -> None:
     limits, request = DraftLimits(2, 4, early_stop=EarlyStop()), GenerationSettings(max_new_tokens=20)
@@ -199,7 +272,10 @@ def test_an_early_stop_reads_nothing_either(on_meta: Target, drafters: dict[str,
 @pytest.mark.parametrize(
     ("rule", "shape"),
     [
-        *((rule, "4x3n6") for rule in (TopK(3), Typical(0.3), Fly(0.3), Margin(0.3), Relaxed(0.3, ThoughtMarks(7, 9)))),
+        *(
+            (rule, "4x3n6")
+            for rule in (TopK(3), Typical(0.3), Fly(0.3), Margin(0.3), Relaxed(0.3, ThoughtMarks(7, 9)), Everything())
+        ),
         *((rule, "1x3") for rule in (Divergence(0.5), UnsureDivergence(0.5), Ensemble(0.7), Fly(0.3))),
     ],
     ids=str,
@@ -210,6 +286,26 @@ def test_a_lossy_rule_reads_nothing_either(
 ) -> None:
     limits, request = parse_shape(shape), GenerationSettings(max_new_tokens=20, temperature=1.0)
     cycle, batch = begun(on_meta, drafters["eagle"], limits, request, rule)
+    with as_captured():
+        cycle(batch, request)
+
+
+@pytest.mark.parametrize(("gate", "veto"), [("none", False), ("line", False), ("line", True), ("reply", True)])
+@pytest.mark.parametrize("feature", [PRE_NORM, WITH_OPINION])
+@torch.no_grad()
+def test_a_judge_reads_nothing_either(
+    on_meta: Target,
+    drafters: dict[str, Drafter | None],
+    gate: str,
+    veto: bool,
+    feature: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which the meta device does not have
+    line_ends = [7, 9] if gate == "line" else []
+    config = JudgeConfig(on_meta.ends.hidden_size, feature, threshold=0.5, gate=gate, veto=veto, line_end_ids=line_ends)
+    request = GenerationSettings(max_new_tokens=20, eos_token_ids=(2,))
+    cycle, batch = begun(on_meta, drafters["eagle"], parse_shape("1x4"), request, JudgeRule(Judge(config).eval()))
     with as_captured():
         cycle(batch, request)
 
