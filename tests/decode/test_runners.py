@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from doubles import BOS, random_target, tensors_of
+from doubles import BOS, family_configs, random_model, random_target, tensors_of
 from every_family import EVERY_FAMILY, fresh, name_of
 
 from draftsmith.decode import Engine, GenerationSettings, Ledger
@@ -22,7 +22,7 @@ from draftsmith.decode.verify.lossy_rule import LossyRule
 from draftsmith.decode.verify.lossy_rules import Divergence, Typical
 from draftsmith.decode.verify.thoughts import ThoughtMarks
 from draftsmith.decode.verify.uncertain_rules import Relaxed
-from draftsmith.models import Drafter, DraftLimits, LMDrafter, ReDrafter, Target
+from draftsmith.models import Drafter, DraftLimits, Family, LMDrafter, ReDrafter, Target
 from draftsmith.models.lora.lora_adapter import LoraSettings, add_adapter
 from draftsmith.models.tree.shapes import parse_shape
 
@@ -72,6 +72,21 @@ def test_a_host_that_is_one_cycle_behind_reads_the_same_tokens(
     assert tokens(engine, request_settings) == expected
     assert tokens(engine, request_settings, num_rows=2) == expected
     assert tokens(engine, request_settings, num_rows=1) == expected
+
+
+@pytest.fixture(scope="module")
+def in_bfloat16() -> Target:
+    return Target.from_model(random_model(family_configs()["llama"]).to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("family", EVERY_FAMILY, ids=name_of)
+def test_drafters_of_either_dtype_draft_for_a_target_in_bfloat16(
+    in_bfloat16: Target, family: Family, dtype: torch.dtype
+) -> None:
+    drafter = torch.nn.Module.to(fresh(family, in_bfloat16.ends), dtype)
+    engine = Engine(in_bfloat16, drafter, DraftLimits(3, 3), runner=eager)
+    assert [len(reply) for reply in tokens(engine, DRAWN, num_rows=2)] == [DRAWN.max_new_tokens] * len(PROMPTS)
 
 
 def test_what_a_cycle_does_for_a_request_that_has_ended_is_dropped(target: Target) -> None:
