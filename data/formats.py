@@ -16,7 +16,6 @@ from draftsmith.data.chats.gemini import flat_gemini, is_gemini
 from draftsmith.data.chats.logs import flat_log, is_log
 from draftsmith.data.chats.media import place_media
 from draftsmith.data.chats.messages import (
-    ROLE_FIELDS,
     Message,
     check_order,
     is_given,
@@ -26,6 +25,7 @@ from draftsmith.data.chats.messages import (
 )
 from draftsmith.data.chats.other_rows import check_whole, thought_beside, turns_of_pairs, usual
 from draftsmith.data.chats.responses_api import flat_responses, is_responses, parameters_of_items
+from draftsmith.data.chats.spellings import ROLE_FIELDS
 from draftsmith.data.chats.tool_calls import says_nothing, without_fillers
 from draftsmith.json_rows import UnusableRow
 

@@ -9,14 +9,13 @@ from typing import Any, TypeGuard
 from draftsmith.data.chats.spellings import CALL as _CALL
 from draftsmith.data.chats.spellings import RESULT as _RESULT
 from draftsmith.data.chats.spellings import STEP as _STEP
-from draftsmith.data.chats.spellings import THOUGHT as THOUGHT_TYPE
-from draftsmith.data.chats.spellings import plain_blocks, role_of
+from draftsmith.data.chats.spellings import THOUGHT, plain_blocks, role_of
 from draftsmith.data.chats.tool_calls import CALL_FIELDS, parsed_list, says_nothing
 from draftsmith.json_rows import UnusableRow
 
-_BLOCKS = (THOUGHT_TYPE, _CALL, _RESULT, _STEP)
+_BLOCKS = (THOUGHT, _CALL, _RESULT, _STEP)
 # In which order a reply can be rendered: a template shows one thought, then words, then calls.
-_RANK = {THOUGHT_TYPE: 0, _CALL: 2}
+_RANK = {THOUGHT: 0, _CALL: 2}
 _WORDS_RANK = 1
 _ORDER = "a thought, words, calls"
 
@@ -43,17 +42,17 @@ def spread(turn: Any, place: str) -> list[Any]:
     replies = _replies(blocks) if role_of(turn.get("role")) == "assistant" else []
     if len(replies) > 1:
         later = {field: value for field, value in turn.items() if field not in (*CALL_FIELDS, "reasoning_content")}
-        given = [turn, *[later] * (len(replies) - 1)]
+        bases = [turn, *[later] * (len(replies) - 1)]
         return [
             each
-            for fields, reply in zip(given, replies, strict=True)
+            for fields, reply in zip(bases, replies, strict=True)
             for each in spread({**fields, name: reply}, place)
         ]
     blocks = replies[0] if replies else blocks
     rest = [block for block in blocks if _kind(block) not in _BLOCKS]
     if any(_kind(block) == _RESULT for block in blocks):
         results = [_result(block, place) for block in blocks if _kind(block) == _RESULT]
-        if any(_kind(block) in (THOUGHT_TYPE, _CALL) for block in blocks):
+        if any(_kind(block) in (THOUGHT, _CALL) for block in blocks):
             raise UnusableRow(
                 f"{place} has results of a tool beside a thought or a call; give results a turn of their own"
             )
@@ -69,7 +68,7 @@ def spread(turn: Any, place: str) -> list[Any]:
             f"{place} has blocks in another order than {_ORDER}, which no chat template shows; give each a turn"
         )
     fields: dict[str, Any] = {**turn, name: rest}
-    thoughts = [thought_text(block, place) for block in blocks if _kind(block) == THOUGHT_TYPE]
+    thoughts = [thought_text(block, place) for block in blocks if _kind(block) == THOUGHT]
     if thoughts:
         fields["reasoning_content"] = _only_thought(turn.get("reasoning_content"), "\n\n".join(thoughts), place)
     calls = [_call(block) for block in blocks if _kind(block) == _CALL]
@@ -133,12 +132,12 @@ def thought_text(block: Mapping[str, Any], place: str) -> str:
     Raises:
         UnusableRow: there is no text.
     """
-    value = block.get(THOUGHT_TYPE)
+    value = block.get(THOUGHT)
     parts = value if _is_list(value) else [value]
     texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
     words = [text for text in texts if isinstance(text, str)]
     if len(words) < len(texts):
-        raise UnusableRow(f"{place}: a part of the type {THOUGHT_TYPE!r} has no text in its field {THOUGHT_TYPE!r}")
+        raise UnusableRow(f"{place}: a part of the type {THOUGHT!r} has no text in its field {THOUGHT!r}")
     return "".join(words)
 
 
@@ -146,7 +145,7 @@ def _only_thought(given: Any, thought: str, place: str) -> str:
     """The thought of the blocks, which a field beside them may repeat; a field that is null or blank counts as absent."""
     if given is None or (isinstance(given, str) and given.strip() in ("", thought.strip())):
         return thought
-    raise UnusableRow(f"{place} has two different thoughts, reasoning_content and a part of the type {THOUGHT_TYPE!r}")
+    raise UnusableRow(f"{place} has two different thoughts, reasoning_content and a part of the type {THOUGHT!r}")
 
 
 def _is_blank_text(block: Any) -> bool:

@@ -9,8 +9,17 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NotRequired, TypedDict, TypeGuard
 
-from draftsmith.data.chats.blocks import THOUGHT_TYPE, spread, thought_text
-from draftsmith.data.chats.spellings import CONTENT_FIELDS, ROLE_FIELDS, ROLES, plain_blocks, plain_turns, role_of, word
+from draftsmith.data.chats.blocks import spread, thought_text
+from draftsmith.data.chats.spellings import (
+    CONTENT_FIELDS,
+    ROLE_FIELDS,
+    ROLES,
+    THOUGHT,
+    plain_blocks,
+    plain_turns,
+    role_of,
+    word,
+)
 from draftsmith.data.chats.tool_calls import (
     CALL_FIELDS,
     TOOL_FIELDS,
@@ -289,8 +298,8 @@ def read_content(value: Any, place: str) -> tuple[str, list[dict[str, Any]] | No
         if kind in _TEXT_TYPES:
             texts.append(_text(part, "text", place))
             part = {**part, "type": "text"}
-        elif kind == THOUGHT_TYPE:
-            part = {"type": THOUGHT_TYPE, THOUGHT_TYPE: thought_text(part, place)}
+        elif kind == THOUGHT:
+            part = {"type": THOUGHT, THOUGHT: thought_text(part, place)}
         elif kind == _INPUT_IMAGE:
             address = part.get("image_url") if part.get("image_url") is not None else part.get("file_id")
             part = {"type": "image_url", "image_url": {"url": address}}

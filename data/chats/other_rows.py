@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from draftsmith.data.chats.messages import ROLE_FIELDS, listed, objects
-from draftsmith.data.chats.spellings import is_whole, plain_turns, role_of
+from draftsmith.data.chats.messages import listed, objects
+from draftsmith.data.chats.spellings import ROLE_FIELDS, is_whole, plain_turns, role_of
 from draftsmith.data.chats.tool_calls import says_nothing
 from draftsmith.json_rows import UnusableRow
 
