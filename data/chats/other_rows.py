@@ -29,6 +29,7 @@ _PAIRS = (
     ("response1", "response2"),
     ("response_0", "response_1"),
 )
+_ENDINGS = ("finish_reason", "stop_reason", "done_reason")
 _STRENGTHS = ("preference_strength", "overall_preference")  # of HelpSteer, below 0 for the first
 _THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 # What traces call the turns asked, the reply, the system's words and the tools: OpenTelemetry, OpenLLMetry, OpenInference.
@@ -157,9 +158,9 @@ def _cut_turn(row: Mapping[str, Any]) -> str | None:
     for turn in objects(row.get("messages")):
         fields = next((turn[name] for name in ("data", "kwargs") if isinstance(turn.get(name), Mapping)), turn)
         said = fields.get("response_metadata")
-        for name in ("finish_reason", "stop_reason", "done_reason") if isinstance(said, Mapping) else ():
-            if isinstance(said.get(name), str) and not is_whole(said[name]):
-                return f"the reply was cut ({name} {said[name]!r:.80})"
+        for name, value in said.items() if isinstance(said, Mapping) else ():
+            if name in _ENDINGS and isinstance(value, str) and not is_whole(value):
+                return f"the reply was cut ({name} {value!r:.80})"
     return None
 
 

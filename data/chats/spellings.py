@@ -133,7 +133,7 @@ def plain_turns(turn: Any) -> list[Any]:
         return [turn]
     inner = _unwrapped(turn)
     parts = inner.get("parts")
-    if inner.get("kind") == "request" and _has_blocks(parts):
+    if parts is not None and inner.get("kind") == "request" and _has_blocks(parts):
         return [each for part in parts for each in plain_turns(part)]  # Pydantic AI: each part is somebody's
     fields = dict(inner)
     if all(fields.get(name) is None for name in ROLE_FIELDS) and (role := _other_role(fields)) is not None:
@@ -148,9 +148,9 @@ def plain_turns(turn: Any) -> list[Any]:
         name = next((name for name in _OTHER_CONTENT_FIELDS if isinstance(fields.get(name), str | list | tuple)), None)
         fields |= {} if name is None else {"content": fields[name]}
     extras = fields.get(_EXTRAS)
-    for name in _KEPT_EXTRAS if isinstance(extras, Mapping) else ():
-        if says_nothing(fields.get(name)) and not says_nothing(extras.get(name)):
-            fields[name] = extras[name]
+    for name, value in extras.items() if isinstance(extras, Mapping) else ():
+        if name in _KEPT_EXTRAS and says_nothing(fields.get(name)) and not says_nothing(value):
+            fields[name] = value
     if role_of(fields.get("role")) == "tool" and fields.get("name") is None and fields.get("tool_name") is not None:
         fields["name"] = fields["tool_name"]
     if not says_nothing(fields.get(_BAD_CALLS)):
