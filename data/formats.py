@@ -165,8 +165,9 @@ def to_conversation(row: Mapping[str, Any], row_format: Format) -> Conversation:
     Raises:
         UnusableRow: the row holds no usable prompt, or a known field holds something that is not read.
     """
+    dislike = unwanted(row)
     row, flaw = usual(row)
-    flaw = unwanted(row) or flaw
+    flaw = dislike or unwanted(row) or flaw
     if row_format in _FLATTENED:
         row, cut = _FLATTENED[row_format](row)
         flaw = flaw or cut
@@ -184,9 +185,10 @@ def to_conversation(row: Mapping[str, Any], row_format: Format) -> Conversation:
 
 def _with_thought(conversation: Conversation, row: Mapping[str, Any], row_format: Format) -> Conversation:
     """Give an answer that lies apart from its question the thought that lies beside it."""
-    turns, thought = conversation.turns, thought_beside(row)
+    turns = conversation.turns
     is_apart = row_format in ("prompt", "alpaca", "gsm8k", "responses") and turns and turns[-1]["role"] == "assistant"
-    if thought is None or not is_apart or "reasoning_content" in turns[-1]:
+    thought = thought_beside(row) if is_apart and "reasoning_content" not in turns[-1] else None
+    if thought is None:
         return conversation
     answer = turns[-1].copy()
     answer["reasoning_content"] = thought

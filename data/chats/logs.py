@@ -16,7 +16,7 @@ from draftsmith.data.chats.responses_api import (
     has_items,
     is_responses,
 )
-from draftsmith.data.chats.spellings import is_whole, plain_turns, role_of
+from draftsmith.data.chats.spellings import ROLE_FIELDS, is_whole, plain_turns, role_of
 from draftsmith.data.chats.tool_calls import TOOL_FIELDS, says_nothing
 from draftsmith.json_rows import UnusableRow, parse_object
 
@@ -71,7 +71,8 @@ def is_log(row: Mapping[str, Any]) -> bool:
     has_turns = row.get("messages") is not None or any(objects(row.get(name)) for name in ("input", "contents"))
     responses = [name for name in _RESPONSE_FIELDS if has_turns or not isinstance(row.get(name), str)]
     given = [_inner(_object(row, name) or {}) for name in responses if name not in row or not _is_older(row, name)]
-    return any(_is_response(response) or (has_turns and _holds_turn(response)) for response in given)
+    may_end = has_turns and not _is_answered(row)
+    return any(_is_response(response) or (may_end and _holds_turn(response)) for response in given)
 
 
 def flat_log(row: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
@@ -153,18 +154,36 @@ def _inner(outer: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _is_older(row: Mapping[str, Any], name: str) -> bool:
-    """Whether a field that is not a log's alone belongs to the format of another field."""
-    return name not in _LOGS_OWN and any(row.get(older) is not None for older in _OLDER)
+    """Whether a field that is not a log's alone belongs to the format of another field, or only describes turns that lie beside it."""
+    if name in _LOGS_OWN:
+        return False
+    has_turns = bool(objects(row.get("messages"))) if name in _REQUEST_FIELDS else _is_answered(row)
+    return has_turns or any(row.get(older) is not None for older in _OLDER)
+
+
+def _is_answered(row: Mapping[str, Any]) -> bool:
+    """Whether the turns of a row end with a reply."""
+    turns = objects(row.get("messages"))
+    return bool(turns) and any(role_of(turns[-1].get(name)) == "assistant" for name in ROLE_FIELDS)
 
 
 def _objects(row: Mapping[str, Any], names: Iterable[str]) -> list[Mapping[str, Any]]:
-    outer = [_object(row, name) for name in names if not _is_older(row, name)]
-    return [_inner(inner) for inner in outer if inner is not None]
+    """The objects in some fields; beside those that are a log's alone, others count for nothing."""
+    outer = {name: inner for name in names if (inner := _object(row, name)) is not None and not _is_older(row, name)}
+    own = [inner for name, inner in outer.items() if name in _LOGS_OWN]
+    return [_inner(inner) for inner in own or outer.values()]
 
 
 def _requests(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """What may be a request of a row, with the names that formats know."""
-    return [usual(request)[0] for request in _objects(row, _REQUEST_FIELDS)]
+    return [_usual_request(request) for request in _objects(row, _REQUEST_FIELDS)]
+
+
+def _usual_request(request: Mapping[str, Any]) -> Mapping[str, Any]:
+    try:
+        return usual(request)[0]
+    except UnusableRow:  # then it only has the name of a request
+        return request
 
 
 def _responses(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -3,17 +3,21 @@
 Owns: these names, and how such a row becomes one of a known format. Does not know: fields of turns, requests, templates.
 """
 
+import contextlib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from draftsmith.data.benchmark_fields import is_question
 from draftsmith.data.chats.messages import listed, objects
 from draftsmith.data.chats.spellings import ROLE_FIELDS, is_whole, plain_turns, role_of
 from draftsmith.data.chats.tool_calls import says_nothing
-from draftsmith.json_rows import UnusableRow
+from draftsmith.json_rows import UnusableRow, parse_object
 
 # Fields that a format is known by; a row with one of them keeps its names.
 _KNOWN = ("messages", "conversations", "conversation", "instruction", "contents", "turns", "prompt")
+_FORMED = (*_KNOWN, "text", "question", "chosen")
 _TURNS = ("messages", "conversations", "conversation", "contents")
 _QUESTIONS = ("question", "query", "problem", "inputs", "text_input", "input_text", "input")
 _ANSWERS = (
@@ -51,8 +55,11 @@ _PIECES = {
     ("segments",): "a text in segments that each have a label (Axolotl's input_output)",
     ("custom_id", "result"): "a response without its request (a batch of Anthropic's)",
 }
-# A setting of the model, which some rows have where others have a thought.
-_SETTINGS = ("on", "off", "none", "minimal", "low", "medium", "high", "auto", "true", "false", "yes", "no", "xhigh")
+# A message of a tree has a text, as documents have.
+_WITH_TEXT = (("parent_id", "message_id"), ("message_id", "role"), ("message_tree_id",))
+_SPEAKERS = ("system", "user", "human", "prompter", "assistant", "gpt")
+# What a question may need, at a place in its words that no field tells.
+_BESIDE_QUESTION = ("context", "passage", "definition", "history")
 # A conversation in one text, as Anthropic's first API and data sets of its time have it.
 _SPEAKER = re.compile(r"(?:\A|\n\n)\s*(Human|Assistant):")
 # XTuner's names, Firefly's and BELLE's, and others that data sets use.
@@ -108,16 +115,20 @@ def check_whole(row: Mapping[str, Any]) -> None:
     Raises:
         UnusableRow: it is a piece, or a tree.
     """
-    is_asked = any(isinstance(row.get(name), str | list | tuple) for name in ("prompt", "question", "turns", "input"))
-    names = next((names for names in _PIECES if all(name in row for name in names)), None)
-    if is_asked:
+    asked = ("prompt", "question", "turns", "input", "chosen")
+    if any(isinstance(row.get(name), str | list | tuple) for name in asked):
         return
+    pieces = _PIECES
+    if isinstance(row.get("text"), str):  # documents may have segments, or the number of a mail
+        is_turn = row.get("role") in _SPEAKERS
+        pieces = {names: what for names, what in _PIECES.items() if is_turn and names in _WITH_TEXT}
+    names = next((names for names in pieces if all(name in row for name in names)), None)
     if names is not None:
         raise UnusableRow(
             f"the row is {_PIECES[names]}, by its {' and '.join(names)}; write each conversation as one row with `messages`, "
             "a list of turns with `role` and `content`"
         )
-    if role_of(row.get("role")) and any(isinstance(row.get(name), str) for name in ("text", "content")):
+    if row.get("role") in _SPEAKERS and any(isinstance(row.get(name), str) for name in ("text", "content")):
         raise UnusableRow(
             "the row is a single turn, by its role; write each conversation as one row with `messages`, a list of turns"
         )
@@ -137,20 +148,40 @@ def usual(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], str | None]:
     Raises:
         UnusableRow: a trace holds several replies.
     """
-    inputs, outputs = row.get("inputs"), row.get("outputs")
-    if isinstance(inputs, Mapping) and isinstance(outputs, Mapping) and not {"messages", "contents"} & inputs.keys():
-        row = {**{name: value for name, value in row.items() if name not in ("inputs", "outputs")}, **inputs, **outputs}
+    row = _of_run(row)
     if any("message" in choice for choice in objects(row.get("output"))):
         row = {**{name: value for name, value in row.items() if name != "output"}, "choices": row["output"]}
     traced = _of_trace(row)
     if traced is not None:
         return traced
-    if isinstance(row.get("message"), str) and isinstance(row.get("chat_history"), list | tuple):
+    if _is_cohere(row):
         return _of_cohere(row), None
-    preferred = _of_pair(row)
-    if preferred is not None:
-        return preferred
-    return _renamed(row), _cut_turn(row)
+    row, flaw = _of_pair(row)
+    return _renamed(row), flaw or _cut_turn(row)
+
+
+def _has(row: Mapping[str, Any], names: Sequence[str]) -> bool:
+    """Whether one of some fields says something."""
+    return any(not says_nothing(row.get(name)) for name in names)
+
+
+def _of_run(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A run of LangSmith's, whose inputs and outputs are objects, as a row of their fields; another row as it is.
+
+    A chain calls its answer `text`, which elsewhere is a document.
+    """
+    inputs, outputs = row.get("inputs"), row.get("outputs")
+    is_run = (
+        isinstance(inputs, Mapping) and isinstance(outputs, Mapping) and not {"messages", "contents"} & inputs.keys()
+    )
+    if not is_run or _has(row, (*_FORMED, "input", "request", "body", "response")):
+        return row
+    asked, said = dict(inputs), dict(outputs)
+    if isinstance(asked.get("text"), str):
+        asked["prompt" if _first_text(asked, ("prompt", *_QUESTIONS)) is None else "context"] = asked.pop("text")
+    if isinstance(said.get("text"), str):
+        said["response"] = said.pop("text")
+    return {**{name: value for name, value in row.items() if name not in ("inputs", "outputs")}, **asked, **said}
 
 
 def _cut_turn(row: Mapping[str, Any]) -> str | None:
@@ -165,51 +196,109 @@ def _cut_turn(row: Mapping[str, Any]) -> str | None:
 
 
 def _renamed(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    thought, answer = thought_beside(row), _first_text(row, ("answer", "response", "completion"))
-    if objects(row.get("messages")) and answer is not None and says_nothing(row.get("reference")):
-        # A gold answer without a thought is no reply.
-        is_reply = answer != "answer" or thought is not None
-        last = plain_turns(objects(row["messages"])[-1])[-1]
-        if is_reply and isinstance(last, Mapping) and role_of(last.get("role")) in ("user", "tool"):
-            reply = {"role": "assistant", "content": row[answer], "reasoning_content": thought}
-            own = (answer, *_THOUGHTS)
-            rest = {name: value for name, value in row.items() if name not in own}
-            return rest | {"messages": [*objects(row["messages"]), reply]}
+    if objects(row.get("messages")):
+        return _with_reply(row)
     if all(says_nothing(row.get(name)) for name in _TURNS) and (spoken := _of_transcript(row)):
         return spoken
-    if any(not says_nothing(row.get(name)) for name in _KNOWN):
+    question, answer = _first_text(row, _QUESTIONS), _first_text(row, _ANSWERS)
+    is_known = (question == "question" and row.get("answer") is not None) or (
+        _first_text(row, ("input",)) is not None and row.get("output") is not None
+    )
+    if is_known or _has(row, (*_KNOWN, "text")):
         return row
-    for name in _CONVERSATIONS:
+    is_other = question is not None or _has(row, ("chosen", "input", "request", "body"))
+    for name in () if is_other else _CONVERSATIONS:
         turns = _turns(row.get(name), takes_texts=name != "history")
         if turns:
             return {**{field: value for field, value in row.items() if field != name}, "messages": turns}
-    question, answer = _first_text(row, _QUESTIONS), _first_text(row, _ANSWERS)
-    is_known = isinstance(row.get("text"), str) or (question == "question" and row.get("answer") is not None)
-    if is_known or question is None or answer is None or (question, answer[:6]) == ("input", "output"):
+    if question is None or answer is None:
         return row
     rest = {name: value for name, value in row.items() if name not in (question, answer)}
-    if isinstance(row.get("history"), list | tuple):
+    history = row.get("history")
+    if turns := _turns(history, takes_texts=False):
+        own = [{"role": "user", "content": row[question]}, {"role": "assistant", "content": row[answer]}]
+        return {name: value for name, value in rest.items() if name != "history"} | {"messages": [*turns, *own]}
+    if isinstance(history, list | tuple) or (isinstance(history, str) and history.lstrip().startswith("[")):
         return rest | {"instruction": row[question], "output": row[answer]}
+    if (question, answer) != ("question", "response"):
+        _check_alone(question, row)
     return rest | {"prompt": row[question], "response": row[answer]}
 
 
+def _check_alone(question: str, row: Mapping[str, Any]) -> None:
+    """Check that no text lies beside a question that may need it."""
+    name = _first_text(row, _BESIDE_QUESTION)
+    if name is not None:
+        raise UnusableRow(
+            f"the row has {name} beside {question}, and no field says where it belongs in the prompt; put it into {question}, or remove it"
+        )
+
+
+def _with_reply(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A row with turns that a reply beside them answers, as one with all turns; as it is where they are prompts, or have the answer.
+
+    An `answer` without a thought is a gold answer.
+    """
+    thoughts = {name: row[name] for name in _THOUGHTS if _is_thought(row.get(name))}
+    answer = _first_text(row, ("response", "completion", *(("answer",) if thoughts else ())))
+    is_prompt = is_question(row) or {"id", "split", "source"} <= row.keys() or not says_nothing(row.get("reference"))
+    if answer is None or is_prompt or _is_response(row[answer]):
+        return row
+    turns = objects(row["messages"])
+    last = plain_turns(turns[-1])[-1]
+    if not isinstance(last, Mapping) or role_of(last.get("role")) not in ("user", "tool"):
+        return row
+    rest = {name: value for name, value in row.items() if name not in (answer, *_THOUGHTS)}
+    return rest | {"messages": [*turns, {"role": "assistant", "content": row[answer], **thoughts}]}
+
+
+def _is_response(text: str) -> bool:
+    """Whether a text is the JSON of a server's response, which a log's reader takes apart."""
+    with contextlib.suppress(UnusableRow):  # then it is words
+        return bool(
+            {"choices", "candidates", "output", "role", "message"}
+            & parse_object(text.encode(errors="surrogatepass")).keys()
+        )
+    return False
+
+
 def _of_transcript(row: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A row whose turns are one text, behind `Human:` and `Assistant:`, as a row with turns; None where it is none."""
-    name = _first_text(row, ("prompt", "chosen"))
-    answer = _first_text(row, ("completion", "response")) if name == "prompt" else None
-    pieces = _SPEAKER.split(row[name]) if name is not None else []
-    if len(pieces) < 4 or pieces[0] or pieces[1] != "Human":
+    """A row whose `prompt` or `chosen` is one text of turns, behind `Human:` and `Assistant:`, with a list of turns there; else None.
+
+    Such a prompt ends where the assistant has to speak, and such a chosen text with its words; other texts only show turns.
+    """
+    if not says_nothing(row.get("prompt")):
+        name = "prompt"
+    elif not _has(row, (*_KNOWN, "text", *_QUESTIONS)):
+        name = "chosen"
+    else:
         return None
-    roles = {"Human": "user", "Assistant": "assistant"}
-    turns = [
-        {"role": roles[speaker], "content": words.strip()}
-        for speaker, words in zip(pieces[1::2], pieces[2::2], strict=True)
-    ]
-    if not turns[-1]["content"]:
-        turns.pop()
-        turns += [] if answer is None else [{"role": "assistant", "content": row[answer].strip()}]
-    flat = {field: value for field, value in row.items() if field not in (name, answer, "chosen", "rejected")}
-    return flat | {"messages": turns}
+    text = row.get(name)
+    turns = _spoken_turns(text) if isinstance(text, str) else []
+    is_open = bool(turns) and len(turns) % 2 == 0 and not turns[-1]["content"]
+    turns = turns[:-1] if is_open else turns
+    if len(turns) < (1 if is_open else 2) or not all(turn["content"] for turn in turns):
+        return None
+    if is_open != (name == "prompt") or (name == "chosen" and len(turns) % 2):
+        return None
+    spoken = {field: value for field, value in row.items() if field != "prompt"} | {name: turns}
+    for field in ("completion", "response", "chosen") if name == "prompt" else ():
+        if isinstance(row.get(field), str):
+            spoken[field] = row[field].removeprefix(text).strip()
+    return spoken
+
+
+def _spoken_turns(text: str) -> list[dict[str, str]]:
+    """The turns of a text that begins with the human's and goes on in turn; none of another text."""
+    pieces = _SPEAKER.split(text)
+    roles = [{"Human": "user", "Assistant": "assistant"}[speaker] for speaker in pieces[1::2]]
+    if (
+        pieces[0]
+        or len(roles) < 2
+        or any(role != ("user", "assistant")[number % 2] for number, role in enumerate(roles))
+    ):
+        return []
+    return [{"role": role, "content": words.strip()} for role, words in zip(roles, pieces[2::2], strict=True)]
 
 
 def _first_text(row: Mapping[str, Any], names: Sequence[str]) -> str | None:
@@ -241,50 +330,87 @@ def thought_beside(row: Mapping[str, Any]) -> str | None:
         row: of a data set.
 
     Returns:
-        The thought; None where there is none, or the field only says how the model was set, such as `on` or `high`.
+        The thought; None where there is none, the field only says how the model was set, such as `on` or `high`, or it may tell why people
+        preferred an answer.
+
+    Raises:
+        UnusableRow: two fields have different thoughts.
     """
-    for name in _THOUGHTS:
-        value = row.get(name)
-        if isinstance(value, str) and value.strip() and value.strip().lower() not in _SETTINGS:
-            return value
-    return None
+    thoughts = {name: row[name] for name in _THOUGHTS if _is_thought(row.get(name))}
+    if row.get("rejected") is not None or not thoughts:
+        return None
+    if len({thought.strip() for thought in thoughts.values()}) > 1:
+        raise UnusableRow(f"the row has two different thoughts, {' and '.join(thoughts)}; one of them is enough")
+    return next(iter(thoughts.values()))
+
+
+def _is_thought(value: Any) -> bool:
+    """Whether a value is more than one word, or the JSON text of an object: those are settings, or name a kind of question."""
+    return (
+        isinstance(value, str)
+        and not value.lstrip().startswith("{")
+        and (len(value.split(None, 1)) > 1 or not value.isascii())
+    )
+
+
+def _is_cohere(row: Mapping[str, Any]) -> bool:
+    """Whether a row has the question and the earlier turns apart, and no format of its own."""
+    has_both = isinstance(row.get("message"), str) and isinstance(row.get("chat_history"), list | tuple)
+    return has_both and not _has(row, (*_KNOWN, "question", "chosen", "input"))
 
 
 def _of_cohere(row: Mapping[str, Any]) -> dict[str, Any]:
     """Cohere's first API: the earlier turns, the question apart from them, and the reply in `text`."""
     turns: list[Any] = [*row["chat_history"], {"role": "user", "content": row["message"]}]
-    if isinstance(row.get("text"), str):
-        turns.append({"role": "assistant", "content": row["text"]})
-    own = ("message", "chat_history", "text", "preamble")
+    answer = _first_text(row, ("text", "response", "completion", "output"))
+    if answer is not None:
+        turns.append({"role": "assistant", "content": row[answer]})
+    own = ("message", "chat_history", answer, "preamble")
     flat = {name: value for name, value in row.items() if name not in own} | {"messages": turns}
     return flat if says_nothing(row.get("preamble")) else flat | {"system": row["preamble"]}
 
 
-def _of_pair(row: Mapping[str, Any]) -> tuple[dict[str, Any], str | None] | None:
-    """A row with two answers, as a row with the better one; None where it has no two, or no verdict."""
+def _of_pair(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], str | None]:
+    """A row with two answers, as a row with the better one; as it is where it has no two, no verdict, or an answer of its own."""
     scored = objects(row.get("completions"))
-    if "contents" in row and scored and all(isinstance(each.get("score"), int | float) for each in scored):
+    is_open = bool(contents := objects(row.get("contents"))) and contents[-1].get("role") != "model"
+    if is_open and scored and all(isinstance(each.get("score"), int | float) for each in scored):
         best = max(scored, key=lambda each: float(each["score"]))  # Gemini's preferences
         flat = {name: value for name, value in row.items() if name != "completions"}
         return flat | {"candidates": [{"content": best.get("completion")}]}, None
     names = next((names for names in _PAIRS if all(not says_nothing(row.get(name)) for name in names)), None)
     verdict = _verdict(row)
-    if names is None or verdict is None:
-        return None
-    better, question = row[names[max(verdict, 0)]], row.get("prompt")
-    question = row.get("context") if question is None else question
-    flat = {name: value for name, value in row.items() if name not in (*names, "prompt", "context")}
+    if names is None or verdict is None or _has(row, ("completion", "response", "chosen", "output", "answer")):
+        return row, None
     flaw = "both answers are ones that people did not want" if verdict < 0 else None
+    # What is thought beside two answers is the judge's.
+    flat = {name: value for name, value in row.items() if name not in (*names, *_THOUGHTS)}
+    better = row[names[max(verdict, 0)]]
     if names[0] == "conversation_a":
-        return flat | {"messages": better}, flaw
-    texts = [listed(value, "the prompt") for value in (question, better)]
-    if all(isinstance(value, list | tuple) for value in texts):
-        if len(texts[0]) != len(texts[1]) or not all(isinstance(text, str) for text in (*texts[0], *texts[1])):
+        return (row, None) if _has(row, _TURNS) else (flat | {"messages": better}, flaw)
+    question = _first_text(row, _QUESTIONS)
+    if question is not None and not _has(row, _KNOWN):
+        _check_alone(question, row)
+    elif row.get("context") is not None and not _has(row, _KNOWN):
+        flat["prompt"] = flat.pop("context")
+    asked, said = _texts_of(flat.get("prompt")), _texts_of(better)
+    if asked and said:
+        if len(asked) != len(said):
             raise UnusableRow(
                 "the row has a list of questions and a list of answers that do not pair; give each question one text"
             )
-        return flat | {"messages": _alternating([text for pair in zip(*texts, strict=True) for text in pair])}, flaw
-    return flat | {"prompt": question, "response": better}, flaw
+        del flat["prompt"]
+        turns = _alternating([text for pair in zip(asked, said, strict=True) for text in pair])
+        return flat | {"messages": turns}, flaw
+    return flat | {"response": better}, flaw
+
+
+def _texts_of(value: Any) -> list[str]:
+    """The texts of a list, which may be JSON text; none where it is anything else."""
+    with contextlib.suppress(UnusableRow):  # then it is words
+        value = listed(value, "the list")
+    is_texts = isinstance(value, list | tuple) and all(isinstance(text, str) for text in value)
+    return list(value) if is_texts else []
 
 
 def _verdict(row: Mapping[str, Any]) -> int | None:
@@ -301,32 +427,37 @@ def _verdict(row: Mapping[str, Any]) -> int | None:
     if better in (0, 1):
         return int(better)
     for name in _STRENGTHS:
-        if isinstance(row.get(name), int | float):
+        if isinstance(row.get(name), int | float) and not math.isnan(row[name]):
             return int(row[name] > 0)
     return None
 
 
 def _of_trace(row: Mapping[str, Any]) -> tuple[dict[str, Any], str | None] | None:
-    """A span's attributes as a conversation; None where the row has none."""
+    """A span's attributes as a conversation; None where the row has none, or a format of its own."""
+    if _has(row, _FORMED):
+        return None
     attributes = row.get("attributes")
     if isinstance(attributes, list | tuple):  # as OTLP writes them
-        attributes = {each.get("key"): _of_otlp(each.get("value")) for each in objects(attributes)}
+        attributes = {str(each.get("key")): _of_otlp(each.get("value")) for each in objects(attributes)}
     fields = _nested({**row, **(attributes if isinstance(attributes, Mapping) else {})})
     for asked, answered in _TRACES:
-        turns, replies = (listed(_at(fields, path), path) for path in (asked, answered))
-        if not objects(turns):
+        turns, said = objects(_at(fields, asked)), _at(fields, answered)
+        if not turns:
             continue
-        if len(objects(replies)) > 1:
-            raise UnusableRow(f"{answered} has {len(objects(replies))} replies; a conversation has one")
-        flat: dict[str, Any] = {"messages": [*turns, *objects(replies)]}
+        replies = objects(said)
+        if not replies and not says_nothing(said):
+            if not isinstance(said, str):
+                raise UnusableRow(f"{answered} is {type(said).__name__}, neither a list of turns nor text")
+            replies = [{"role": "assistant", "content": said}]
+        if len(replies) > 1:
+            raise UnusableRow(f"{answered} has {len(replies)} replies; a conversation has one")
+        flat: dict[str, Any] = {"messages": [*turns, *replies]}
         system, tools = _at(fields, _TRACE_SYSTEM), _at(fields, _TRACE_TOOLS)
-        system = listed(system, _TRACE_SYSTEM)
-        flat |= {} if says_nothing(system) else {"system": system}
+        flat |= {} if says_nothing(system) else {"system": objects(system) or system}
         flat |= {} if says_nothing(tools) else {"tools": tools}
-        finish = next((reply.get("finish_reason") for reply in objects(replies)), None)
-        return {"id": row.get("id"), **flat}, None if is_whole(
-            finish
-        ) else f"the reply was cut (finish_reason {finish!r:.80})"
+        finish = next((reply.get("finish_reason") for reply in replies), None)
+        flaw = None if is_whole(finish) else f"the reply was cut (finish_reason {finish!r:.80})"
+        return {"id": row.get("id"), **flat}, flaw
     return None
 
 
@@ -363,6 +494,6 @@ def _at(fields: Mapping[str, Any], path: str) -> Any:
 def _as_list(value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value
-    if value and all(isinstance(name, str) and name.isdigit() for name in value):
+    if value and all(isinstance(name, str) and name.isdecimal() for name in value):
         return [_as_list(value[name]) for name in sorted(value, key=int)]
     return {name: _as_list(entry) for name, entry in value.items()}

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from draftsmith.data.chats.tool_calls import says_nothing
+from draftsmith.data.chats.tool_calls import CALL_FIELDS, says_nothing
 from draftsmith.json_rows import UnusableRow
 
 ROLE_FIELDS, CONTENT_FIELDS = ("role", "from"), ("content", "value")
@@ -141,11 +141,11 @@ def plain_turns(turn: Any) -> list[Any]:
     if not any(fields.get(name) is not None for name in ROLE_FIELDS):
         return [turn]
     has_content = any(fields.get(name) is not None for name in CONTENT_FIELDS)
-    # A client of Vercel's AI SDK repeats the words of the parts.
-    if _has_blocks(parts) and not isinstance(fields.get("content"), list | tuple):
-        fields["content"] = parts
+    if _has_blocks(parts) and not isinstance(fields.get("content"), list | tuple) and _are_content(parts, fields):
+        fields |= {"content": parts, "value": None}
     elif not has_content:
-        name = next((name for name in _OTHER_CONTENT_FIELDS if isinstance(fields.get(name), str | list | tuple)), None)
+        types = list | tuple if any(not says_nothing(fields.get(name)) for name in CALL_FIELDS) else str | list | tuple
+        name = next((name for name in _OTHER_CONTENT_FIELDS if isinstance(fields.get(name), types)), None)
         fields |= {} if name is None else {"content": fields[name]}
     extras = fields.get(_EXTRAS)
     for name, value in extras.items() if isinstance(extras, Mapping) else ():
@@ -160,12 +160,12 @@ def plain_turns(turn: Any) -> list[Any]:
 
 def _unwrapped(turn: Mapping[str, Any]) -> Mapping[str, Any]:
     """The fields of a turn that lie in an object of it: LangChain's two dumps, an event with a `message`, OpenCode's `info`."""
+    if any(turn.get(name) is not None for name in ROLE_FIELDS):
+        return turn
     inner: Any = turn.get("kwargs")
     if "lc" in turn and isinstance(inner, Mapping):
         name = turn.get("id")
         return {"type": name[-1] if isinstance(name, list | tuple) and name else None, **inner}
-    if any(turn.get(name) is not None for name in ROLE_FIELDS):
-        return turn
     for name in ("data", "message", "info"):
         inner = turn.get(name)
         if isinstance(inner, Mapping) and (name == "data" or _names_a_role(inner)):
@@ -201,6 +201,25 @@ def _has_blocks(parts: Any) -> bool:
     )
 
 
+def _are_content(parts: Sequence[Mapping[str, Any]], fields: Mapping[str, Any]) -> bool:
+    """Whether parts are the content of a turn, whose words a client of Vercel's AI SDK repeats; parts of other types may be anything.
+
+    Raises:
+        UnusableRow: they are, and the content beside them has other words.
+    """
+    content = next((fields[name] for name in CONTENT_FIELDS if isinstance(fields.get(name), str)), "")
+    if not content.strip():
+        return True
+    types = [_type_of(part) or "" for part in parts]
+    if not any(own_type in _KINDS or _is_call_with_result(own_type) for own_type in types):
+        return False
+    texts = [_words(part) or "" for part, own_type in zip(parts, types, strict=True) if _KINDS.get(own_type) == "text"]
+    own, given = ("".join(words.split()) for words in ("".join(texts), content))
+    if not own or (own not in given and given not in own):
+        raise UnusableRow("a turn has parts, and a content with other words; one of them is enough")
+    return True
+
+
 def plain_blocks(blocks: Sequence[Any]) -> list[Any]:
     """Give the blocks of a turn the types and fields that Anthropic's have.
 
@@ -234,7 +253,7 @@ def _plain_blocks(block: Any) -> Iterator[Any]:
             return
         value = block[names[0]]
         kind, inner = _KINDS[names[0]], value if isinstance(value, Mapping) else {"text": value}
-    elif _is_call_with_result(block, own_type):
+    elif _is_call_with_result(own_type):
         yield from _call_with_result(block, own_type)
         return
     if kind == THOUGHT and own_type != THOUGHT and _ENCRYPTED in inner:
@@ -261,7 +280,7 @@ def _type_of(block: Mapping[str, Any]) -> str | None:
     return next((block[name] for name in _TYPE_FIELDS if isinstance(block.get(name), str)), None)
 
 
-def _is_call_with_result(block: Mapping[str, Any], own_type: str) -> bool:
+def _is_call_with_result(own_type: str) -> bool:
     """Whether a block is a call and what came of it: Vercel's AI SDK writes `tool-NAME`, OpenCode `tool`."""
     return (own_type in ("tool", "dynamic-tool") or own_type.startswith("tool-")) and own_type not in _KINDS
 

@@ -39,7 +39,9 @@ def read_tools(row: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     """
     config = row.get("toolConfig")
     if isinstance(config, Mapping) and says_nothing(row.get("tools")):  # Bedrock's
-        row = {**row, "tools": [tool for tool in config.get("tools") or () if not _is_mark(tool)]}
+        tools = config.get("tools")
+        is_list = isinstance(tools, list | tuple)
+        row = {**row, "tools": [tool for tool in tools if not _is_mark(tool)] if is_list else tools}
     given = {name: _tools(row[name], name) for name in TOOL_FIELDS if not says_nothing(row.get(name))}
     for name, tools in given.items():
         if tools != next(iter(given.values())):
