@@ -70,7 +70,9 @@ def is_log(row: Mapping[str, Any]) -> bool:
         return True
     has_turns = row.get("messages") is not None or any(objects(row.get(name)) for name in ("input", "contents"))
     responses = [name for name in _RESPONSE_FIELDS if has_turns or not isinstance(row.get(name), str)]
-    given = [_inner(_object(row, name) or {}) for name in responses if name not in row or not _is_older(row, name)]
+    given = [
+        _inner(outer) for name in responses if (outer := _object(row, name)) is not None and not _is_older(row, name)
+    ]
     may_end = has_turns and not _is_answered(row)
     return any(_is_response(response) or (may_end and _holds_turn(response)) for response in given)
 
@@ -140,6 +142,8 @@ def _of_other_api(flat: dict[str, Any], row: Mapping[str, Any]) -> tuple[dict[st
 def _object(row: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
     """An object of a row, which may be JSON text."""
     value = row.get(name)
+    if value is None:
+        return None
     if isinstance(value, str) and value.lstrip().startswith("{"):
         try:
             value = parse_object(value.encode(errors="surrogatepass"))

@@ -204,6 +204,8 @@ def objects(value: Any) -> list[Mapping[str, Any]]:
     Returns:
         The objects; none where the value is anything else, or a list with another entry.
     """
+    if value is None:
+        return []
     with contextlib.suppress(UnusableRow):  # then it is words
         value = listed(value, "the list")
     given = list(value) if isinstance(value, list | tuple) else []

@@ -9,7 +9,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from draftsmith.data.benchmark_fields import is_question
 from draftsmith.data.chats.messages import listed, objects
 from draftsmith.data.chats.spellings import ROLE_FIELDS, is_whole, plain_turns, role_of
 from draftsmith.data.chats.tool_calls import says_nothing
@@ -18,6 +17,7 @@ from draftsmith.json_rows import UnusableRow, parse_object
 # Fields that a format is known by; a row with one of them keeps its names.
 _KNOWN = ("messages", "conversations", "conversation", "instruction", "contents", "turns", "prompt")
 _FORMED = (*_KNOWN, "text", "question", "chosen")
+_BENCHMARK = ("question_id", "multiturn")
 _TURNS = ("messages", "conversations", "conversation", "contents")
 _QUESTIONS = ("question", "query", "problem", "inputs", "text_input", "input_text", "input")
 _ANSWERS = (
@@ -241,7 +241,7 @@ def _with_reply(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """
     thoughts = {name: row[name] for name in _THOUGHTS if _is_thought(row.get(name))}
     answer = _first_text(row, ("response", "completion", *(("answer",) if thoughts else ())))
-    is_prompt = is_question(row) or {"id", "split", "source"} <= row.keys() or not says_nothing(row.get("reference"))
+    is_prompt = _has(row, ("reference", *_BENCHMARK)) or {"id", "split", "source"} <= row.keys()
     if answer is None or is_prompt or _is_response(row[answer]):
         return row
     turns = objects(row["messages"])
