@@ -289,7 +289,7 @@ def _of_transcript(row: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _spoken_turns(text: str) -> list[dict[str, str]]:
-    """The turns of a text that begins with the human's and goes on in turn; none of another text."""
+    """The turns of a text in which the human begins and both speak in turn; none of another text."""
     pieces = _SPEAKER.split(text)
     roles = [{"Human": "user", "Assistant": "assistant"}[speaker] for speaker in pieces[1::2]]
     if (

@@ -24,7 +24,7 @@ CHOICES = {"choices": [{"message": NO, "finish_reason": "stop"}]}
 
 
 def words(row: Row) -> list[str]:
-    """What is said in a row, or its text."""
+    """The words of the turns of a row, or its text."""
     chat = to_conversation(row, detect_format(row))
     return [turn["content"] for turn in chat.turns] if chat.text is None else [chat.text]
 
