@@ -171,10 +171,10 @@ def _of_run(row: Mapping[str, Any]) -> Mapping[str, Any]:
     A chain calls its answer `text`, which elsewhere is a document.
     """
     inputs, outputs = row.get("inputs"), row.get("outputs")
-    is_run = (
-        isinstance(inputs, Mapping) and isinstance(outputs, Mapping) and not {"messages", "contents"} & inputs.keys()
-    )
-    if not is_run or _has(row, (*_FORMED, "input", "request", "body", "response")):
+    is_own = _has(row, (*_FORMED, "input", "request", "body", "response"))
+    if is_own or not isinstance(inputs, Mapping) or not isinstance(outputs, Mapping) or "messages" in inputs:
+        return row
+    if "contents" in inputs:
         return row
     asked, said = dict(inputs), dict(outputs)
     if isinstance(asked.get("text"), str):

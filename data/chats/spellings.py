@@ -6,7 +6,7 @@ blocks. Does not know: what a field means, rows, templates.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from draftsmith.data.chats.tool_calls import CALL_FIELDS, says_nothing
 from draftsmith.json_rows import UnusableRow
@@ -192,7 +192,7 @@ def _other_role(fields: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _has_blocks(parts: Any) -> bool:
+def _has_blocks(parts: Any) -> TypeGuard[Sequence[Mapping[str, Any]]]:
     """Whether a value is a list of objects that name their type."""
     return (
         isinstance(parts, list | tuple)

@@ -39,7 +39,7 @@ def read_tools(row: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     """
     config = row.get("toolConfig")
     if isinstance(config, Mapping) and says_nothing(row.get("tools")):  # Bedrock's
-        tools = config.get("tools")
+        tools: Any = config.get("tools")
         is_list = isinstance(tools, list | tuple)
         row = {**row, "tools": [tool for tool in tools if not _is_mark(tool)] if is_list else tools}
     given = {name: _tools(row[name], name) for name in TOOL_FIELDS if not says_nothing(row.get(name))}
