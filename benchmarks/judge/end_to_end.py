@@ -58,18 +58,20 @@ FEWEST = {"mine": 200, "rounds": 2 * ROUNDS, "tuning": 12}
 LICENCE = EntryOptions(licence="Apache-2.0")
 ANSWERS = DrawOptions(max_new_tokens=200)
 LONGEST_PATH = (
-    *("problems", "answers-train", "corrupt", "cache-corrupted", "cache-checker"),
-    *(
-        "replies",
-        "train-redrafter",
-        "train-eagle",
-        "train-corrupted",
-        "rounds",
-        "tune-draft_lm",
-        "tune-price",
-        "report",
-        "compiler",
-    ),
+    "problems",
+    "answers-train",
+    "corrupt",
+    "cache-corrupted",
+    "cache-checker",
+    "replies",
+    "train-redrafter",
+    "train-eagle",
+    "train-corrupted",
+    "rounds",
+    "tune-draft_lm",
+    "tune-price",
+    "report",
+    "compiler",
 )
 """What the end waits for: of the stages that could begin, these do first."""
 
