@@ -2,6 +2,7 @@
 
     python -m benchmarks.judge.end_to_end                 # everything; `make judge` is this
     python -m benchmarks.judge.end_to_end --people        # and a fit to people's labels, which --data must hold; three minutes more
+    python -m benchmarks.judge.end_to_end --ablations     # and judges of 50 to 1,500 questions and of mined labels, each tuned by answers
     python -m benchmarks.judge.end_to_end --scale 0.03    # tries the script out
 
 1. Labels: target and draft LM answer questions of the training split. The corpus's exact checker says where a wrong answer goes wrong;
@@ -12,7 +13,9 @@
    rule without training; each drafter; each judge; problems out of the judge's domain.
 
 Writes `<date>-judge.md`, `.json` and charts into benchmarks/results/judge/, and the rows into `runs/judge/report.json`. The same command
-resumes a run that was stopped; `rm -r runs/judge` starts again. Stages run side by side; what each prints is in `runs/judge/logs`.
+resumes a run that was stopped; `rm -r runs/judge` starts again. `--people` and `--ablations` also add to a folder without them, and
+`--ablations alone` makes nothing else but what they need, and a page of them. Stages run side by side; what each prints is in
+`runs/judge/logs`.
 """
 
 import argparse
@@ -22,15 +25,17 @@ from pathlib import Path
 
 from benchmarks.drafters.recipes import RECIPES
 from benchmarks.drafters.recipes import train as train_head
-from benchmarks.judge.lanes import Stage, Stages
-from benchmarks.judge.page import FIRST_ERRORS, OUT_OF_DOMAIN, publish
+from benchmarks.judge.ablations import PARTS, REPORT, SIZES, ablations
+from benchmarks.judge.lanes import Stage, Stages, needed
+from benchmarks.judge.page import ALONE, BESIDE, FIRST_ERRORS, OUT_OF_DOMAIN, PEOPLE, publish, publish_ablations
 from benchmarks.judge.reports import NARROW, races, reports
 from benchmarks.judge.stages import (
     DRAFT,
+    LICENCE,
     STATE,
     TARGET,
-    asked_in,
     cached,
+    checked,
     judge_folder,
     judged,
     trained,
@@ -47,15 +52,12 @@ from draftsmith.decode.sampling import DrawOptions, ReplyOptions
 from draftsmith.label.commands.entry_options import EntryOptions
 from draftsmith.label.commands.generate_command import generate
 from draftsmith.label.commands.store_commands import import_answers
-from draftsmith.label.corrupt.corrupt_command import corrupt
 from draftsmith.label.mine.mine_command import MiningOptions, mine
 from draftsmith.train.judge.rounds_command import RoundOptions, judge_rounds
 
-SIZES = (50, 150)
 ROUNDS = 2
 FULL = {"train": 2400, "held": 200, "test": 500, "mine": 200, "rounds": 800, "tuning": 800}
 FEWEST = {"mine": 200, "rounds": 2 * ROUNDS, "tuning": 12}
-LICENCE = EntryOptions(licence="Apache-2.0")
 ANSWERS = DrawOptions(max_new_tokens=200)
 LONGEST_PATH = (
     "problems",
@@ -84,6 +86,10 @@ def run(options: argparse.Namespace) -> None:
     counts = {name: max(FEWEST.get(name, 8), int(options.scale * full)) for name, full in FULL.items()}
     stages.check_plan({"counts": counts, "rounds": ROUNDS, "thresholds": list(TRIED)})
     judges, plan = planned(work, counts, options)
+    if options.ablations == ALONE:
+        stages.run(needed(plan, [REPORT, *(["train-people"] if options.people else [])]))
+        publish_ablations(stages, judged(judges[PEOPLE]) if options.people else None, options)
+        return
     stages.run(sorted(plan, key=_turn))
     stages.run(races(work), at_once=1)
     publish(stages, {name: judged(folder) for name, folder in judges.items()}, options)
@@ -108,38 +114,30 @@ def planned(work: Path, counts: dict[str, int], options: argparse.Namespace) -> 
         *learning,
         *(narrow(work) if out_of_domain else []),
         *tuning(work, last, options.scale),
-        *reports(work, judges, trainings, FIRST_ERRORS not in options.without, out_of_domain),
+        *reports(work, dict(judges), trainings, FIRST_ERRORS not in options.without, out_of_domain),
+        *(ablations(work, options.scale) if options.ablations else []),
     ]
     if options.people:
-        judges["people's labels, chat-6m's states"] = judge_folder(work, "people")
+        # Of another target: no report on the embedded pair asks it.
+        judges[PEOPLE] = judge_folder(work, "people")
         plan += people(work, options.data)
     return judges, plan
 
 
 def labels(work: Path) -> list[Stage]:
-    """Answers of target and draft LM with the checker's labels, spoiled answers, mined tokens; and the states of all."""
-    answers, held = work / "answers" / "answers.jsonl", work / "held-answers" / "answers.jsonl"
-
-    def answer() -> None:
-        generate(work / "train.jsonl", (TARGET, DRAFT), "embedded", answers.parent, entry=LICENCE, pairs=True)
+    """Checked and spoiled answers, held-out answers, mined tokens; and the states of all."""
+    held = work / "held-answers" / "answers.jsonl"
 
     def answer_held() -> None:
         generate(work / "held.jsonl", (DRAFT,), "embedded", held.parent, entry=LICENCE)
-
-    def spoil() -> None:
-        asked = asked_in(work / "train.jsonl", answers, work / "asked.jsonl")
-        corrupt(asked, work / "corrupted.jsonl", "embedded", licence="Apache-2.0")
 
     def mined() -> None:
         mining = MiningOptions(max_new_tokens=160, batch_rows=32)
         mine(TARGET, DRAFT, work / "mine.jsonl", work / "mined", mining=mining)
 
     return [
-        Stage("answers-train", answer, ("problems",)),
+        *checked(work),
         Stage("answers-held", answer_held, ("problems",)),
-        Stage("corrupt", spoil, ("answers-train",)),
-        cached(work, "checker", "answers-train", answers),
-        cached(work, "corrupted", "corrupt", work / "corrupted.jsonl"),
         cached(work, "held", "answers-held", held),
         Stage("mine", mined, ("problems",)),
         Stage(
@@ -177,14 +175,13 @@ def heads(work: Path, scale: float) -> list[Stage]:
 
 def learnt(work: Path, counts: dict[str, int], scale: float) -> tuple[dict[str, Path], list[Stage]]:
     """Judges by what they read and learn from, and by how many questions; then the rounds with every drafter. And their trainings."""
-    parts = ["checker", "corrupted"]
 
     def rounds() -> None:
         judge_rounds(
             TARGET,
             judge_folder(work, "corrupted"),
-            [work / part / "rows.jsonl" for part in parts],
-            [work / part / "cache" for part in parts],
+            [work / part / "rows.jsonl" for part in PARTS],
+            [work / part / "cache" for part in PARTS],
             [DRAFT, *(str(work / name / "drafter") for name in HEAD_SHAPES)],
             work / "rounds.jsonl",
             work / "rounds",
@@ -203,11 +200,11 @@ def learnt(work: Path, counts: dict[str, int], scale: float) -> tuple[dict[str, 
         judges[name] = work / "rounds" / f"round-{number}" / "judge"
     judges["mined"] = judge_folder(work, "mined")
     stages = [
-        trained(work, "corrupted", parts),
+        trained(work, "corrupted", PARTS),
         Stage("rounds", rounds, ("train-corrupted", *(f"train-{name}" for name in HEAD_SHAPES))),
         trained(work, "state", ["checker"], feature=STATE),
         trained(work, "opinion", ["checker"]),
-        *(trained(work, f"corrupted-{size}", parts, int(max(6, scale * size))) for size in SIZES),
+        *(trained(work, f"corrupted-{size}", PARTS, int(max(6, scale * size))) for size in SIZES),
         trained(work, "mined", ["mined"]),
     ]
     return judges, stages
@@ -250,6 +247,13 @@ def _options(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--people", action="store_true", help="fit a judge to people's labels too; needs --data")
+    parser.add_argument(
+        "--ablations",
+        nargs="?",
+        choices=(BESIDE, ALONE),
+        const=BESIDE,
+        help="compare sizes up to 1,500 questions and mined labels, each tuned; beside the rest (the default), or alone",
+    )
     parser.add_argument("--work", type=Path, default=Path("runs/judge"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/judge"))
     parts = (FIRST_ERRORS, OUT_OF_DOMAIN)

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -34,6 +34,14 @@ class Stage:
     name: str
     make: Callable[[], object]
     after: tuple[str, ...] = ()
+
+
+def needed(plan: Sequence[Stage], names: Collection[str]) -> list[Stage]:
+    """The stages of these names and all that they wait for, in the order of the plan."""
+    wanted, by_name = set(names), {stage.name: stage for stage in plan}
+    while more := {name for each in wanted for name in by_name[each].after} - wanted:
+        wanted |= more
+    return [stage for stage in plan if stage.name in wanted]
 
 
 @dataclass(frozen=True)

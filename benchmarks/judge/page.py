@@ -11,14 +11,19 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from benchmarks.judge.ablations import REPORT, compared, tuned_folder
 from benchmarks.judge.lanes import Stages
-from benchmarks.judge.stages import DRAFT, TARGET, Judged
+from benchmarks.judge.stages import DRAFT, TARGET, Judged, judged
 from benchmarks.judge.tuned import HEAD_SHAPES, SHAPE
 from draftsmith import provenance
 from draftsmith.files import atomic_write
 
 FIRST_ERRORS, OUT_OF_DOMAIN = "first-errors", "out-of-domain"
 """Parts of the benchmark that a run can leave out."""
+BESIDE, ALONE = "beside", "alone"
+"""How the ablations are made: with the rest of the benchmark, or without."""
+PEOPLE = "people's labels, chat-6m's states"
+"""The judge of another target, which learns from people."""
 LEAST_TIMES, MOST_LOST, LEAST_SPEEDUP = 2.5, 1.0, 2.0
 """The goals: times lossless decoding's accepted tokens, points of right answers, speed-up over plain decoding."""
 
@@ -57,7 +62,7 @@ def publish(stages: Stages, judges: dict[str, Judged], options: argparse.Namespa
         drafters_table(work),
         f"Speeds are those of {rows_of(work / 'race-draft_lm')[0]['problems']} of the problems, one at a time, each rule in turn. "
         "Where cycles are compiled, so is plain decoding.",
-        *tuning_sections(work),
+        *(part for name in ("draft_lm", *HEAD_SHAPES) for part in tuning_section(work / f"tuned-{name}", name)),
         "Tuning ran on one thread, beside another stage. Its times only choose between shapes.",
         "## What a judge reads and learns from",
         judges_table(judges),
@@ -65,6 +70,7 @@ def publish(stages: Stages, judges: dict[str, Judged], options: argparse.Namespa
         section(work / "report-judges"),
         "The rounds:",
         section(work / "rounds", "rounds.md"),
+        *(ablation_sections(work) if options.ablations else []),
         *(["## Whose errors they are", ERRORS_SAID, errors_table(work)] if FIRST_ERRORS not in options.without else []),
         *(out_of_domain(work) if OUT_OF_DOMAIN not in options.without else []),
         "## Mining",
@@ -74,12 +80,61 @@ def publish(stages: Stages, judges: dict[str, Judged], options: argparse.Namespa
         "clock's. Races ran last, one at a time, on all cores.",
         time_table(stages),
         "## The machine",
-        "\n".join(
-            f"- {key}: {value}" for part in (record["machine"], record["versions"]) for key, value in part.items()
-        ),
+        machine(record),
     ]
-    atomic_write(options.out / f"{name}.md", "\n\n".join(page) + "\n")
-    print(options.out / f"{name}.md")
+    _write(options.out / f"{name}.md", page)
+
+
+def publish_ablations(stages: Stages, people: Judged | None, options: argparse.Namespace) -> None:
+    """Writes a page of the ablations alone, and their rows beside it."""
+    work, name = stages.work, f"{date.today().isoformat()}-judge-ablations"
+    record = provenance.record(provenance.command_line(), {}, {})
+    rows = rows_of(work / REPORT)
+    options.out.mkdir(parents=True, exist_ok=True)
+    facts = {key: record[key] for key in ("command", "machine", "versions")}
+    atomic_write(options.out / f"{name}.json", json.dumps(facts | {"rows": rows}, indent=1) + "\n")
+    page = [
+        f"# Judges by their labels on the embedded pair, {date.today().isoformat()}",
+        f"`{record['command']}`; {spent_text(stages)}.",
+        f"Target `{TARGET}`, draft LM `{DRAFT}`, temperature 0, {rows[0]['problems']} problems of the test split that nothing was trained "
+        "or tuned on. Every rule but plain and lossless is LOSSY.",
+        *ablation_sections(work),
+        *([] if people is None else ["## People's labels", judges_table({PEOPLE: people})]),
+        "## Mining",
+        mining(work),
+        "## Time",
+        time_table(stages),
+        "## The machine",
+        machine(record),
+    ]
+    _write(options.out / f"{name}.md", page)
+
+
+def _write(page: Path, parts: list[str]) -> None:
+    atomic_write(page, "\n\n".join(parts) + "\n")
+    print(page)
+
+
+def machine(record: dict[str, Any]) -> str:
+    """The machine and the versions of a record of provenance."""
+    return "\n".join(
+        f"- {key}: {value}" for part in (record["machine"], record["versions"]) for key, value in part.items()
+    )
+
+
+def ablation_sections(work: Path) -> list[str]:
+    """Judges by how many questions they learn from, and of mined labels: as trained, as tuned, and what tuning tried."""
+    judges = compared(work)
+    return [
+        "## Sizes and mined labels, tuned by answers",
+        judges_table({name: judged(folder) for name, folder in judges.items()}),
+        f"Each over the test problems with chains of {SHAPE.removeprefix('1x')}, at the threshold that `draftsmith judge tune` chose on "
+        "problems of the training split; the largest also at the one that its training chose. At threshold 1 a judge is shut, because no "
+        "setting held:",
+        section(work / REPORT),
+        *(part for name, folder in judges.items() for part in tuning_section(tuned_folder(work, folder), name)),
+        "The times of tuning choose nothing here: there is one shape.",
+    ]
 
 
 def out_of_domain(work: Path) -> list[str]:
@@ -173,15 +228,14 @@ def _speed(row: dict[str, Any] | None) -> str:
     return f"{row['speedup']:.2f} ({low:.2f} to {high:.2f})"
 
 
-def tuning_sections(work: Path) -> list[str]:
-    """What `judge tune` tried for each drafter, and what it kept."""
-    parts = []
-    for name in ("draft_lm", *HEAD_SHAPES):
-        folder = work / f"tuned-{name}"
-        kept = json.loads((folder / "tuning.json").read_text())["kept"]
-        parts += [f"Tuning for {name}, on {kept['problems']} problems of the training split:"]
-        parts += [section(folder, "tuning.md"), f"{kept['said']}."]
-    return parts
+def tuning_section(folder: Path, name: str) -> list[str]:
+    """What `judge tune` tried for a drafter or a judge, and what it kept."""
+    kept = json.loads((folder / "tuning.json").read_text())["kept"]
+    return [
+        f"Tuning for {name}, on {kept['problems']} problems of the training split:",
+        section(folder, "tuning.md"),
+        f"{kept['said']}.",
+    ]
 
 
 def judges_table(judges: dict[str, Judged]) -> str:
@@ -193,7 +247,7 @@ def judges_table(judges: dict[str, Judged]) -> str:
     for name, judge in judges.items():
         differing = "-" if judge.differing is None else f"{judge.differing:.3f}"
         lines.append(
-            f"| {name} | {judge.questions} | {judge.auc:.3f} | {differing} | {judge.threshold:.3f} |",
+            f"| {name} | {judge.questions} | {judge.auc:.3f} | {differing} | {judge.threshold:.3g} |",
         )
     return "\n".join(lines)
 

@@ -42,22 +42,22 @@ def reports(
     """The longest first; `trained` are the stages that make the judges, by name."""
 
     def priced() -> None:
-        _report(work, "report", DRAFT, SHAPE, _priced(work), labelled=True)
+        count_answers(work, "report", DRAFT, SHAPE, _priced(work), labelled=True)
 
     def learnt() -> None:
         rules = [f"{name}=judge:{folder}" for name, folder in judges.items() if name != NARROW]
-        _report(work, "report-judges", DRAFT, SHAPE, rules, labelled=True)
+        count_answers(work, "report-judges", DRAFT, SHAPE, rules, labelled=True)
 
     def drafted(name: str) -> Stage:
         return Stage(
-            f"report-{name}", lambda: _report(work, f"report-{name}", *_drafter(work, name)), (f"tune-{name}",)
+            f"report-{name}", lambda: count_answers(work, f"report-{name}", *_drafter(work, name)), (f"tune-{name}",)
         )
 
     def divided(name: str, wanted: bool) -> Stage:
         def make() -> None:
             with_operation(work / "test.jsonl", work / f"test-{name}.jsonl", "/", wanted)
             rules = [f"{each}=judge:{judges[each]}" for each in ("+ corrupted", NARROW)]
-            _report(work, f"report-{name}", DRAFT, SHAPE, ["lossless", *rules], problems=f"test-{name}")
+            count_answers(work, f"report-{name}", DRAFT, SHAPE, ["lossless", *rules], problems=f"test-{name}")
 
         return Stage(f"report-{name}", make, ("train-corrupted", "train-no-division"))
 
@@ -98,7 +98,7 @@ def _drafter(work: Path, name: str) -> tuple[str, str, list[str]]:
     return drafter, shape, ["lossless", f"judge, tuned=judge:{folder / 'judge'}"]
 
 
-def _report(
+def count_answers(
     work: Path, report: str, drafter: str, shape: str, rules: list[str], problems: str = "test", labelled: bool = False
 ) -> None:
     """Counts answers over the problems of a file."""

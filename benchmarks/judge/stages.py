@@ -15,12 +15,16 @@ from draftsmith.data.cache.extract import extract
 from draftsmith.embedded import write_prompts
 from draftsmith.files import atomic_write, read_jsonl
 from draftsmith.label.checkers.sums_answers import problem_of
+from draftsmith.label.commands.entry_options import EntryOptions
+from draftsmith.label.commands.generate_command import generate
 from draftsmith.label.commands.rows_command import rows as label_rows
+from draftsmith.label.corrupt.corrupt_command import corrupt
 from draftsmith.models.judge import load_judge
 from draftsmith.train.cli import main as train_command
 
 TARGET, DRAFT = "embedded:target", "embedded:draft_lm"
 STATE, STATE_AND_OPINION = "last.pre_norm", "last.pre_norm + opinion"
+LICENCE = EntryOptions(licence="Apache-2.0")
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,25 @@ class Judged:
     auc: float
     differing: float | None
     threshold: float
+
+
+def checked(work: Path, problems: str = "train", suffix: str = "") -> list[Stage]:
+    """Answers of target and draft LM to a file of problems with the checker's labels, spoiled answers, and the states of both."""
+    answers, corrupted = work / f"answers{suffix}" / "answers.jsonl", work / f"corrupted{suffix}.jsonl"
+
+    def answer() -> None:
+        generate(work / f"{problems}.jsonl", (TARGET, DRAFT), "embedded", answers.parent, entry=LICENCE, pairs=True)
+
+    def spoil() -> None:
+        asked = asked_in(work / f"{problems}.jsonl", answers, work / f"asked{suffix}.jsonl")
+        corrupt(asked, corrupted, "embedded", licence="Apache-2.0")
+
+    return [
+        Stage(f"answers-{problems}", answer, (f"problems{suffix}",)),
+        Stage(f"corrupt{suffix}", spoil, (f"answers-{problems}",)),
+        cached(work, f"checker{suffix}", f"answers-{problems}", answers),
+        cached(work, f"corrupted{suffix}", f"corrupt{suffix}", corrupted),
+    ]
 
 
 def cached(
@@ -124,13 +147,19 @@ def write_problems(work: Path, counts: dict[str, int]) -> None:
     write_prompts(work / "test.jsonl", "test", counts["test"])
     write_prompts(work / "held.jsonl", "validation", counts["held"])
     write_prompts(work / "train.jsonl", "train", counts["train"])
-    known = {row["id"] for _, row in read_jsonl(work / "train.jsonl")}
     others = ("mine", "rounds", "tuning")
-    write_prompts(work / "others.jsonl", "train", 2 * sum(counts[name] for name in others), seed=1)
-    left = [row for _, row in read_jsonl(work / "others.jsonl") if row["id"] not in known]
+    left = new_problems(work, ["train"], 2 * sum(counts[name] for name in others), seed=1)
     for name in others:
         part, left = left[: counts[name]], left[counts[name] :]
-        _write_rows(work / f"{name}.jsonl", part)
+        write_rows(work / f"{name}.jsonl", part)
+
+
+def new_problems(work: Path, known: Sequence[str], count: int, seed: int) -> list[dict[str, Any]]:
+    """Those of `count` problems of the training split that are in none of the known files."""
+    file = work / f"drawn-{seed}.jsonl"
+    write_prompts(file, "train", count, seed=seed)
+    ids = {row["id"] for name in known for _, row in read_jsonl(work / f"{name}.jsonl")}
+    return [row for _, row in read_jsonl(file) if row["id"] not in ids]
 
 
 def with_operation(path: Path, out: Path, operation: str, wanted: bool) -> Path:
@@ -141,13 +170,13 @@ def with_operation(path: Path, out: Path, operation: str, wanted: bool) -> Path:
         assert problem is not None
         return any(step.op == operation for step in problem.steps)
 
-    return _write_rows(out, [row for _, row in read_jsonl(path) if has(row) == wanted])
+    return write_rows(out, [row for _, row in read_jsonl(path) if has(row) == wanted])
 
 
 def asked_in(path: Path, answers: Path, out: Path) -> Path:
     """The problems that some answer of a file is about."""
     asked = {question_of(row) for _, row in read_jsonl(answers)}
-    return _write_rows(out, [row for _, row in read_jsonl(path) if question_of(row) in asked])
+    return write_rows(out, [row for _, row in read_jsonl(path) if question_of(row) in asked])
 
 
 def question_of(row: dict[str, Any]) -> str:
@@ -155,6 +184,7 @@ def question_of(row: dict[str, Any]) -> str:
     return str(next(message["content"] for message in row["messages"] if message["role"] == "user"))
 
 
-def _write_rows(out: Path, rows: Sequence[dict[str, Any]]) -> Path:
+def write_rows(out: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    """Writes a file of JSON lines."""
     atomic_write(out, "".join(json.dumps(row) + "\n" for row in rows))
     return out

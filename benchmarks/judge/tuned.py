@@ -4,6 +4,7 @@ Owns which settings are tried. Does not know how a setting is tried, or what is 
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.judge.lanes import Stage
@@ -25,32 +26,45 @@ SWEEP = SweepOptions(thresholds=THRESHOLDS, batch_rows=64)
 
 def tuning(work: Path, judge: Path, scale: float) -> list[Stage]:
     """Tunes the judge of the last round for the draft LM and each head."""
-
-    def tuned(name: str, shapes: tuple[str, ...], problems: int | None) -> Stage:
-        drafter = DRAFT if name == "draft_lm" else str(work / name / "drafter")
-
-        def make() -> None:
-            tune_judge(
-                TARGET,
-                drafter,
-                judge,
-                work / "tuning.jsonl",
-                work / f"tuned-{name}",
-                checker="final-number",
-                shapes=shapes,
-                sweep=SWEEP,
-                draw=DrawOptions(max_new_tokens=200),
-                selection=PromptSelection(limit=problems),
-            )
-
-        return Stage(f"tune-{name}", make, ("rounds",))
-
     few = max(12, int(scale * 400))
-    return [
-        tuned("draft_lm", ("1x16", SHAPE), None),
-        Stage("tune-price", lambda: keep_best(work, judge), ("tune-draft_lm",)),
-        *(tuned(name, (shape,), few) for name, shape in HEAD_SHAPES.items()),
+    heads = [
+        tuned(work, name, judge, "rounds", (shape,), drafter=str(work / name / "drafter"), problems=few)
+        for name, shape in HEAD_SHAPES.items()
     ]
+    return [
+        tuned(work, "draft_lm", judge, "rounds", ("1x16", SHAPE)),
+        Stage("tune-price", lambda: keep_best(work, judge), ("tune-draft_lm",)),
+        *heads,
+    ]
+
+
+def tuned(
+    work: Path,
+    name: str,
+    judge: Path,
+    after: str,
+    shapes: tuple[str, ...],
+    thresholds: tuple[float, ...] = THRESHOLDS,
+    drafter: str = DRAFT,
+    problems: int | None = None,
+) -> Stage:
+    """Tunes a judge by its answers to the tuning problems, or to the first of them; into the folder `tuned-NAME`."""
+
+    def make() -> None:
+        tune_judge(
+            TARGET,
+            drafter,
+            judge,
+            work / "tuning.jsonl",
+            work / f"tuned-{name}",
+            checker="final-number",
+            shapes=shapes,
+            sweep=replace(SWEEP, thresholds=thresholds),
+            draw=DrawOptions(max_new_tokens=200),
+            selection=PromptSelection(limit=problems),
+        )
+
+    return Stage(f"tune-{name}", make, (after,))
 
 
 def keep_best(work: Path, judge: Path) -> None:

@@ -12,9 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.judge import ablations, reports, tuned
 from benchmarks.judge.end_to_end import FULL, LONGEST_PATH, planned
-from benchmarks.judge.lanes import Stage, Stages
+from benchmarks.judge.lanes import Stage, Stages, needed
 from benchmarks.judge.reports import races
+from benchmarks.judge.stages import write_problems
+from draftsmith.files import read_jsonl
 
 
 def noting(folder: Path, name: str, *after: str, seconds: float = 0.0) -> Stage:
@@ -112,13 +115,25 @@ def test_a_stage_that_nothing_brings_about_is_named(tmp_path: Path) -> None:
         Stages(tmp_path).run([noting(tmp_path, "b", "a")])
 
 
+def test_what_some_stages_need_is_picked_in_the_order_of_the_plan(tmp_path: Path) -> None:
+    plan = [noting(tmp_path, *names) for names in (("d", "c"), ("c", "a"), ("b", "a"), ("a",), ("e", "b", "d"))]
+    assert [stage.name for stage in needed(plan, ["d"])] == ["d", "c", "a"]
+    assert [stage.name for stage in needed(plan, ["b", "c"])] == ["c", "b", "a"]
+    assert needed(plan, ["e"]) == plan
+
+
+def options(**values: object) -> Namespace:
+    """What a command without options gives, but for these."""
+    return Namespace(**{"scale": 1.0, "people": False, "without": [], "ablations": None, "data": Path()} | values)
+
+
 @pytest.mark.parametrize("without", [[], ["first-errors", "out-of-domain"]])
 @pytest.mark.parametrize("people", [False, True])
+@pytest.mark.parametrize("ablated", [None, "beside"])
 def test_the_plan_makes_all_that_its_stages_need_without_circles(
-    tmp_path: Path, without: list[str], people: bool
+    tmp_path: Path, without: list[str], people: bool, ablated: str | None
 ) -> None:
-    options = Namespace(scale=1.0, people=people, without=without, data=tmp_path)
-    judges, plan = planned(tmp_path, FULL, options)
+    judges, plan = planned(tmp_path, FULL, options(people=people, without=without, ablations=ablated))
     names = [stage.name for stage in plan] + [stage.name for stage in races(tmp_path)]
     assert len(set(names)) == len(names)
     assert set(LONGEST_PATH) <= set(names)
@@ -129,3 +144,65 @@ def test_the_plan_makes_all_that_its_stages_need_without_circles(
         done.update(ready)
     assert ("no division" in judges) == (not without)
     assert ("report-division" in names) == (not without)
+    assert (ablations.REPORT in names) == ("answers-more" in names) == (ablated is not None)
+
+
+def test_ablations_alone_leave_out_rounds_heads_and_the_price(tmp_path: Path) -> None:
+    _, plan = planned(tmp_path, FULL, options(ablations="alone"))
+    names = {stage.name for stage in needed(plan, [ablations.REPORT])}
+    assert {"train-corrupted-50", "train-corrupted-1500", "train-mined", "cache-checker-more"} <= names
+    assert not names & {"rounds", "report", "report-judges", "replies", "train-eagle", "tune-draft_lm", "train-people"}
+
+
+def test_reports_of_the_embedded_pair_do_not_ask_the_judge_of_another_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(reports, "count_answers", lambda work, name, drafter, shape, rules, **rest: asked.extend(rules))
+    judges, plan = planned(tmp_path, FULL, options(people=True))
+    next(stage for stage in plan if stage.name == "report-judges").make()
+    assert any("mined" in rule for rule in asked)
+    assert not [rule for rule in asked if "people" in rule]
+    assert any("people" in name for name in judges)
+
+
+def test_each_judge_of_the_ablations_is_measured_where_tuning_leaves_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: dict[Path, tuple[Path, tuple[float, ...]]] = {}
+    asked: list[str] = []
+
+    def tune(target: str, drafter: str, judge: Path, prompts: Path, out: Path, **rest: object) -> None:
+        assert prompts.name == "tuning.jsonl"
+        written[out / "judge"] = judge, rest["sweep"].thresholds  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(tuned, "tune_judge", tune)
+    monkeypatch.setattr(
+        ablations, "count_answers", lambda work, name, drafter, shape, rules, **rest: asked.extend(rules)
+    )
+    plan = ablations.ablations(tmp_path, 1.0)
+    for stage in plan:
+        if stage.name.startswith("tune-") or stage.name == ablations.REPORT:
+            stage.make()
+    folders = ablations.compared(tmp_path)
+    expected = ["lossless", f"1500 questions=judge:{folders['1500 questions']}"]
+    for name, folder in folders.items():
+        (own,) = [out for out, (judge, _) in written.items() if judge == folder]
+        expected.append(f"{name}, tuned=judge:{own}")
+        wanted = ablations.MINED_THRESHOLDS if name == "mined" else ablations.THRESHOLDS
+        assert written[own][1] == wanted
+    assert asked == expected
+    assert set(written) == {ablations.tuned_folder(tmp_path, folder) / "judge" for folder in folders.values()}
+
+
+def test_more_training_problems_are_none_that_anything_is_tuned_or_trained_on(tmp_path: Path) -> None:
+    write_problems(tmp_path, {"test": 8, "held": 8, "train": 300, "mine": 20, "rounds": 20, "tuning": 40})
+    plan = ablations.ablations(tmp_path, 0.1)
+    next(stage for stage in plan if stage.name == "problems-more").make()
+    ids = {
+        name: [row["id"] for _, row in read_jsonl(tmp_path / f"{name}.jsonl")]
+        for name in ("train", "mine", "rounds", "tuning", "more")
+    }
+    assert len(ids["more"]) > 300
+    together = [each for part in ids.values() for each in part]
+    assert len(set(together)) == len(together)
