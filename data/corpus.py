@@ -24,10 +24,10 @@ from draftsmith.data.prompts import PROMPT_FILE, say_dropped
 from draftsmith.data.survey import COLUMNS, IDS_AS_GENERATED, Survey, begun_anew
 from draftsmith.data.token_rows import sample_of_ids, turns_begun_anew, turns_of
 from draftsmith.data.tokens import ChatTemplate, TokenizedSample, cut, no_labels, samples_from_turns
+from draftsmith.escapes import one_line
 from draftsmith.files import sha256_file
-from draftsmith.foreign import one_line
 from draftsmith.json_rows import Dropped, check_lines, check_values, is_blank, parse_object, shown, summary
-from draftsmith.outside import parse_json_object
+from draftsmith.json_text import parse_json_object
 
 RESPONSE_GLOB = "responses*.jsonl"
 _PART_LINES, _PART_BYTES = 4096, 2**25

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Column
 from rich.text import Text
 
-from draftsmith.foreign import visible
+from draftsmith.escapes import visible
 
 LINE_EVERY_SECONDS = 30.0
 

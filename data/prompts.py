@@ -30,8 +30,8 @@ from draftsmith.data.formats import (
 )
 from draftsmith.data.sources import Row, read_rows, source_name
 from draftsmith.files import atomic_directory, read_jsonl, sha256_file
-from draftsmith.foreign import json_text
 from draftsmith.json_rows import DROPPED_FILE, Dropped, dropped_lines, shown_row, summary
+from draftsmith.json_text import json_text
 from draftsmith.ownership import check_replaceable
 
 SPLITS = ("train", "validation", "test")

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from draftsmith.data.json_list import list_elements
+from draftsmith.escapes import one_line
 from draftsmith.files import read_jsonl
-from draftsmith.foreign import one_line
 from draftsmith.json_rows import (
     SPREADSHEETS,
     Dropped,

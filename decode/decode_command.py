@@ -25,7 +25,7 @@ from draftsmith.decode.sampling import GREEDY, NO_FILTERS, DrawOptions, FilterOp
 from draftsmith.decode.verify.lossy_rule import LossyRule
 from draftsmith.decode.verify.lossy_rules import JudgeRule
 from draftsmith.decode.verify.rule_text import parse_rule
-from draftsmith.foreign import visible
+from draftsmith.escapes import visible
 from draftsmith.models.branches import default_for
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.drafter_folder import (

@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 from draftsmith.embedded import path
 from draftsmith.embedded.checker import Verdict, check
 from draftsmith.embedded.problems import Problem, Split, distinct_problems
-from draftsmith.foreign import visible
+from draftsmith.escapes import visible
 from draftsmith.models.files.pretrained import read_model, read_tokenizer
 
 

@@ -12,10 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from draftsmith.escapes import chart_text
 from draftsmith.evaluate.records import Row
 from draftsmith.evaluate.roofline.roofline import Roofline
 from draftsmith.evaluate.roofline.words import share
-from draftsmith.foreign import chart_text
 
 INK, SOFT, GRID = "#22262e", "#6b7280", "#e5e7eb"
 LOOKS = (

@@ -19,6 +19,7 @@ from draftsmith.data.prompts import ALL_PROMPTS, PROMPT_FILE, PromptSelection
 from draftsmith.decode import GenerationSettings
 from draftsmith.decode.model_settings import for_target
 from draftsmith.decode.sampling import NO_FILTERS, FilterOptions, ReplyOptions, settings_of
+from draftsmith.escapes import visible
 from draftsmith.evaluate.chart import draw, draw_rooflines
 from draftsmith.evaluate.drafters import Entry, parse_entries
 from draftsmith.evaluate.measure import ONE_RUN, Candidate, Plan, all_turns, measure
@@ -40,7 +41,6 @@ from draftsmith.evaluate.samples import Questions, readable_by, selected_questio
 from draftsmith.evaluate.slow_drafters import slow_drafters
 from draftsmith.evaluate.strata_chart import draw_categories, draw_contexts
 from draftsmith.files import atomic_directory, exclusive, sha256_file
-from draftsmith.foreign import visible
 from draftsmith.models.branches import check_branches, default_for
 from draftsmith.models.drafters.drafter_folder import TargetBond, drafter_fingerprint, load_drafter
 from draftsmith.models.drafters.registry import default_limits

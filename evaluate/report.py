@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from draftsmith.escapes import block, code, plain
 from draftsmith.evaluate.records import Row, Slice
 from draftsmith.evaluate.roofline.words import MEANING as ROOFLINE_MEANING
 from draftsmith.evaluate.roofline.words import NamedRoofline, roofline_text
@@ -22,8 +23,7 @@ from draftsmith.evaluate.strata.words import (
     ranged,
 )
 from draftsmith.files import atomic_write
-from draftsmith.foreign import block, code, plain
-from draftsmith.outside import parse_json
+from draftsmith.json_text import parse_json
 
 REPORTS = ("report.md", "report.json", "report.png")
 ROOFLINE_CHART = "roofline.png"

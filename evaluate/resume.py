@@ -18,7 +18,7 @@ from draftsmith.evaluate.records import Place, Round, Timed
 from draftsmith.evaluate.roofline.stage_clock import StageTimes
 from draftsmith.evaluate.strata.decoded import Decoded
 from draftsmith.files import JsonlAppender, atomic_write
-from draftsmith.foreign import json_text
+from draftsmith.json_text import json_text
 from draftsmith.ownership import check_begun
 
 WORK_FILE = "unfinished.jsonl"

@@ -22,9 +22,9 @@ from draftsmith.data.replies.dialogues import Dialogue
 from draftsmith.data.replies.reply_sources import Reply
 from draftsmith.data.token_rows import token_ids
 from draftsmith.data.tokens import ChatTemplate
+from draftsmith.escapes import visible
 from draftsmith.evaluate.records import Sample
 from draftsmith.files import read_jsonl
-from draftsmith.foreign import visible
 from draftsmith.json_rows import Dropped, UnusableRow, summary
 from draftsmith.models.target.options import TokenizerOptions
 from draftsmith.models.target.prompt_template import NO_OPTIONS, TemplateChoice, TemplateOptions

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from draftsmith.escapes import one_line
 from draftsmith.evaluate.records import Row
 from draftsmith.evaluate.report_rows import LOOKUP
-from draftsmith.foreign import one_line
 
 SHORT_TRAINING = "A head trained for less than a minute is slower."
 TUNE = "find a faster shape with `draftsmith tune`"

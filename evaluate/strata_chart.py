@@ -10,10 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from draftsmith.escapes import chart_text
 from draftsmith.evaluate.chart import DASHES, INK, LOOKS, SOFT, plain_axes, titled_png
 from draftsmith.evaluate.strata.categories import Category
 from draftsmith.evaluate.strata.words import NamedBins, NamedCategories, prompts_of_categories
-from draftsmith.foreign import chart_text
 
 Figures = Callable[[Category], tuple[float | None, tuple[float, float] | None]]
 """A figure of a category with its interval."""

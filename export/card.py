@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from draftsmith.escapes import block, code, plain, yaml_text
 from draftsmith.export.layouts import custom_generate
 from draftsmith.export.layouts.layout import Layout
-from draftsmith.foreign import block, code, plain, yaml_text
 from draftsmith.models.drafters.drafter_config import DrafterConfig
 from draftsmith.models.drafters.family import Family
 from draftsmith.models.drafters.registry import registry

@@ -16,6 +16,7 @@ from draftsmith.arguments import FLAT
 from draftsmith.export.card import Subject, write_card
 from draftsmith.export.layouts import layouts
 from draftsmith.files import atomic_directory, exclusive, sha256_file
+from draftsmith.json_text import parse_json
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.drafter_folder import TargetBond, load_drafter
 from draftsmith.models.drafters.registry import family_of
@@ -26,7 +27,6 @@ from draftsmith.models.lora.adapted_drafter import adapted
 from draftsmith.models.target.ends import TargetEnds
 from draftsmith.models.target.options import EndsOptions
 from draftsmith.models.tree.kept_shapes import read_kept_shapes
-from draftsmith.outside import parse_json
 from draftsmith.ownership import check_replaceable
 
 CARD = "README.md"

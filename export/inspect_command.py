@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Annotated
 
 from draftsmith.arguments import FLAT
+from draftsmith.escapes import one_line
 from draftsmith.export.contents import Contents, contents_of
-from draftsmith.foreign import one_line
 from draftsmith.models.drafters.drafter_folder import TargetBond, drafter_folder, load_drafter
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
 from draftsmith.models.target.options import EndsOptions

@@ -13,8 +13,8 @@ from typing import Any
 from draftsmith.data.chats.messages import as_row, read_content
 from draftsmith.data.formats import Message
 from draftsmith.files import atomic_file, read_jsonl
-from draftsmith.foreign import json_text
 from draftsmith.json_rows import Dropped, shown_row
+from draftsmith.json_text import json_text
 from draftsmith.label.schema import (
     Answer,
     Label,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from draftsmith.files import atomic_file, read_jsonl
-from draftsmith.foreign import json_text
+from draftsmith.json_text import json_text
 from draftsmith.label.schema import refusal
 from draftsmith.label.token_labels import CORRECT, IGNORED, WRONG
 

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModel
 
+from draftsmith.json_text import parse_json_object
 from draftsmith.models.files.finite import is_finite
 from draftsmith.models.judge_config import (
     FEATURES,
@@ -38,7 +39,6 @@ from draftsmith.models.judge_config import (
 from draftsmith.models.opinion import NUM_NUMBERS
 from draftsmith.models.target.bound_module import BoundModule
 from draftsmith.models.target.target import PRE_NORM, TargetEnds
-from draftsmith.outside import parse_json_object
 
 __all__ = [
     "FEATURES",

@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from draftsmith.arguments import suggestion
-from draftsmith.foreign import visible
+from draftsmith.escapes import visible
 from draftsmith.outline import Setting, class_settings
 from draftsmith.train.config_files import with_bases
 from draftsmith.train.key_check import unknown_key

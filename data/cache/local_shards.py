@@ -11,8 +11,8 @@ import numpy as np
 
 from draftsmith.data.shards.lengths import LENGTHS_FILE, read_lengths
 from draftsmith.data.shards.manifest import Manifest
+from draftsmith.data.shards.shard_names import safe_shard_name
 from draftsmith.data.shards.shards import check_digest, check_size
-from draftsmith.outside import safe_shard_name
 
 
 @dataclass

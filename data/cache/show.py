@@ -20,7 +20,7 @@ from draftsmith.data.chats.trained import EVERYTHING, KindCounts, TrainedOn
 from draftsmith.data.corpus import Corpus
 from draftsmith.data.shards.manifest import MANIFEST_FILE, Manifest
 from draftsmith.data.tokens import TokenizedSample, chat_of
-from draftsmith.foreign import visible
+from draftsmith.escapes import visible
 from draftsmith.json_rows import Dropped, summary
 from draftsmith.models.target.options import OWN_FILES, TokenizerOptions
 from draftsmith.models.target.prompt_template import OWN_TEMPLATE, TemplateChoice

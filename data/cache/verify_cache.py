@@ -19,7 +19,7 @@ from draftsmith.data.cache.features import features, num_embeddings
 from draftsmith.data.cache.reader import Check, HiddenStateCache
 from draftsmith.data.shards.eight_bit import CODES, LARGEST_ERROR, stored_dtype
 from draftsmith.data.tokens import TokenizedSample
-from draftsmith.foreign import visible
+from draftsmith.escapes import visible
 from draftsmith.models.target.options import PlacementOptions
 from draftsmith.models.target.target import Target
 

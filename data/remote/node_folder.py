@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from draftsmith.data.remote.private_folder import is_ours_alone, make_folder, open_file
-from draftsmith.outside import safe_sha256
+from draftsmith.data.shards.shard_names import safe_sha256
 from draftsmith.ownership import user_cache_folder
 
 _LOG = logging.getLogger(__name__)

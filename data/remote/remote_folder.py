@@ -23,7 +23,7 @@ from torch import Tensor
 
 from draftsmith.data.remote.safetensors_head import Head, head_size, parse_head
 from draftsmith.extras import install_command
-from draftsmith.outside import safe_file_name
+from draftsmith.models.files.field_rules import safe_file_name
 
 _T = TypeVar("_T")
 _LOG = logging.getLogger(__name__)

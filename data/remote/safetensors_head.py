@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from draftsmith.data.shards.shard_checks import TensorKind
-from draftsmith.outside import parse_json_object
+from draftsmith.json_text import parse_json_object
 
 _LENGTH_BYTES = 8
 _LARGEST = 100_000_000  # the library's own limit

@@ -24,10 +24,10 @@ from draftsmith.data.tokens import ChatTemplate
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.files import JsonlAppender, atomic_write, exclusive
 from draftsmith.json_rows import dropped_lines
+from draftsmith.json_text import parse_json_object
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
 from draftsmith.models.target.options import TargetOptions
 from draftsmith.models.target.prompt_template import TemplateChoice
-from draftsmith.outside import parse_json_object
 from draftsmith.ownership import check_alone
 from draftsmith.provenance import differences
 

@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from draftsmith.data.shards.shard_names import SHA256_RULE, SHARD_NAME_RULE, is_sha256, is_shard_name
 from draftsmith.files import atomic_write
-from draftsmith.outside import SHA256_RULE, SHARD_NAME_RULE, is_sha256, is_shard_name, parse_json, parse_json_object
+from draftsmith.json_text import parse_json, parse_json_object
 
 SCHEMA = "draftsmith.hidden_states/1"
 MANIFEST_FILE = "manifest.json"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from draftsmith.data.shards.eight_bit import CODES, stored_dtype
 from draftsmith.data.shards.manifest import CacheIdentity, ShardRecord
-from draftsmith.outside import parse_json
+from draftsmith.json_text import parse_json
 
 HIDDEN, SCALE = "hidden.", "scale."
 TEXT = ("offsets", "input_ids", "loss_mask")

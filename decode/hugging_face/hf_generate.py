@@ -40,6 +40,7 @@ from draftsmith.decode.hugging_face.hf_request import (
     without_stop_strings,
 )
 from draftsmith.decode.sampling import GenerationSettings
+from draftsmith.json_text import parse_json_object
 from draftsmith.models.branches import default_for
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.drafter_reader import read_drafter
@@ -52,7 +53,6 @@ from draftsmith.models.target.target_probe import other_ends
 from draftsmith.models.tree.kept_shapes import SHAPES_FILE
 from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.shapes_by_rows import ShapesByRows
-from draftsmith.outside import parse_json_object
 
 CONFIG, WEIGHTS, SETTINGS = "config.json", "model.safetensors", "custom_generate/settings.json"
 LIMITS = ("beam_width", "draft_length", "node_budget", "paths")

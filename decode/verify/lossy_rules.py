@@ -16,7 +16,7 @@ from torch import Tensor
 
 from draftsmith.decode.verify.gates import Gate
 from draftsmith.decode.verify.lossy_rule import LossyRule, of_tokens
-from draftsmith.foreign import visible
+from draftsmith.escapes import visible
 from draftsmith.models.judge import NO_GATE, Judge
 from draftsmith.models.opinion import confidence, opinion
 from draftsmith.models.target.target import Target, TargetOutput

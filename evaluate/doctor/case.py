@@ -22,6 +22,7 @@ from draftsmith.data.cache.reader import HiddenStateCache
 from draftsmith.data.corpus import RESPONSE_GLOB
 from draftsmith.data.shards.shards import CachedSample
 from draftsmith.evaluate.records import Sample
+from draftsmith.json_text import parse_json_object
 from draftsmith.models.drafters.draft_lm import LMDrafter
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.drafter_folder import COMPOSED, TargetBond, drafter_folder, load_drafter
@@ -30,7 +31,6 @@ from draftsmith.models.foreign.speculators_config import verifier_name
 from draftsmith.models.target.ends import TargetEnds
 from draftsmith.models.target.prompt_template import NO_OPTIONS, TemplateOptions
 from draftsmith.models.target.target import PRE_NORM, Target, TargetOutput
-from draftsmith.outside import parse_json_object
 
 MAX_TOKENS = 2048
 """Longer samples are cut to their first so many tokens before anything is computed on them."""

@@ -15,7 +15,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from draftsmith.foreign import json_text, visible
+from draftsmith.escapes import visible
+from draftsmith.json_text import json_text
 
 Verdict = Literal["ok", "warning", "fault", "not checked"]
 _STYLES: dict[Verdict, str] = {"ok": "green", "warning": "yellow", "fault": "bold red", "not checked": "dim"}

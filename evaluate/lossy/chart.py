@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from draftsmith.escapes import chart_text
 from draftsmith.evaluate.chart import GRID, LOOKS, SOFT, titled_png
 from draftsmith.evaluate.lossy.lossy import PLAIN, RuleRow
-from draftsmith.foreign import chart_text
 
 
 def draw_trade(rows: Sequence[RuleRow]) -> bytes:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from draftsmith.escapes import chart_text, plain
 from draftsmith.evaluate.chart import GRID, LOOKS, SOFT, titled_png
 from draftsmith.evaluate.lossy.lossy import LOSSLESS, PLAIN, RuleRow
-from draftsmith.foreign import chart_text, plain
 
 PRICE_CHART = "price.png"
 HEADER = "| rule | settings tried | at | change, points (95 % bounds) | accepted a cycle | times lossless | speed-up over plain |"

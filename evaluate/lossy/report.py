@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from draftsmith.decode.runners import compiles
+from draftsmith.escapes import code, plain
 from draftsmith.evaluate.lossy.lossy import PLAIN, RuleRow
 from draftsmith.evaluate.lossy.price import PRICE_CHART, price_table, prices
-from draftsmith.foreign import code, plain
 
 HEADER = (
     "| rule | threshold | right answers (95 %) | change, points (95 %) | accepted a cycle (95 %) | target forwards an answer (95 %) "

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from draftsmith.escapes import code, plain
 from draftsmith.evaluate.lossy.sweep import Trial
-from draftsmith.foreign import code, plain
 
 HEADER = (
     "| setting | problems | right answers | change, points (95 % bounds) | accepted a cycle | times lossless | ms a token | times plain "

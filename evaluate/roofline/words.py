@@ -6,8 +6,8 @@ Owns the format. Does not know how anything was counted or measured.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from draftsmith.escapes import plain
 from draftsmith.evaluate.roofline.roofline import Roofline
-from draftsmith.foreign import plain
 
 HEADER = "| drafter | T | reads a cycle | takes at least | took | of the roofline | left over |"
 MEANING = """\

@@ -5,10 +5,10 @@ Owns their words. Does not know how a figure was measured.
 
 from collections.abc import Mapping, Sequence
 
+from draftsmith.escapes import plain
 from draftsmith.evaluate.strata.categories import Category
 from draftsmith.evaluate.strata.contexts import ContextBin
 from draftsmith.evaluate.strata.decoded import DepthAcceptance
-from draftsmith.foreign import plain
 
 NamedCategories = tuple[str, Sequence[Category]]
 """A row's name, its temperature with it where the report has several, and its categories."""

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from draftsmith.escapes import block, code, plain
 from draftsmith.evaluate.chart import INK, SOFT
 from draftsmith.evaluate.slow_drafters import slow_shapes
 from draftsmith.evaluate.tune.alphas import AlphaOutcome, alpha_table, best_alpha
@@ -20,7 +21,6 @@ from draftsmith.evaluate.tune.by_rows import RowsOutcome
 from draftsmith.evaluate.tune.costs import Costs
 from draftsmith.evaluate.tune.tune import Outcome
 from draftsmith.evaluate.tune.vocabularies import VocabularyOutcome, best_vocabulary, vocabulary_table
-from draftsmith.foreign import block, code, plain
 from draftsmith.models.tree.shapes import short_shape
 
 SHOWN = 12

@@ -17,6 +17,7 @@ from draftsmith.data.prompts import PROMPT_FILE, PromptSelection
 from draftsmith.decode import GenerationSettings
 from draftsmith.decode.model_settings import for_target
 from draftsmith.decode.sampling import GREEDY, DrawOptions, settings_of
+from draftsmith.escapes import visible
 from draftsmith.evaluate.contenders import lookup_refusal
 from draftsmith.evaluate.drafters import Entry, parse_entries
 from draftsmith.evaluate.evaluate_command import load_candidates
@@ -47,7 +48,6 @@ from draftsmith.evaluate.tune.vocabularies import (
     weigh_vocabularies,
 )
 from draftsmith.files import atomic_write, exclusive, sha256_file
-from draftsmith.foreign import visible
 from draftsmith.models.composed.refined_drafter import RefinedDrafter
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from draftsmith.escapes import code, plain, yaml_text
 from draftsmith.export.judge.autojudge import NUMBERS, TENSORS
-from draftsmith.foreign import code, plain, yaml_text
 from draftsmith.models.judge import NO_GATE, POST_NORM, CurvePoint, JudgeConfig
 
 JudgeLayout = Literal["draftsmith", "autojudge"]

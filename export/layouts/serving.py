@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 
-from draftsmith.foreign import shell_word
+from draftsmith.escapes import shell_word
 
 _STEPS, _TOP_K, _NODES = 5, 8, 32
 

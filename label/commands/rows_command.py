@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from draftsmith.arguments import FLAT
 from draftsmith.data.prompts import say_dropped
 from draftsmith.data.tokens import ChatTemplate, chat_of
-from draftsmith.foreign import visible
+from draftsmith.escapes import visible
 from draftsmith.json_rows import Dropped, summary
 from draftsmith.label.answer_rows import read_answers
 from draftsmith.label.distinct import Distinct

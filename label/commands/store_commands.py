@@ -17,8 +17,8 @@ from typing import Annotated, Literal
 from draftsmith.arguments import FLAT
 from draftsmith.data.progress import progress
 from draftsmith.data.sources import source_name
+from draftsmith.escapes import one_line, visible
 from draftsmith.files import atomic_file
-from draftsmith.foreign import one_line, visible
 from draftsmith.hub_options import OWN_FILES, HubOptions
 from draftsmith.label.answer_rows import write_answers
 from draftsmith.label.commands.entry_options import UNNAMED, EntryOptions

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from draftsmith.files import atomic_file
-from draftsmith.foreign import json_text
+from draftsmith.json_text import json_text
 from draftsmith.label.answer_rows import replaced_names
 from draftsmith.label.schema import Answer, How, Label, Span, Verdict, is_keepable, refusal
 from draftsmith.label.store.label_source import LabelSource

@@ -22,8 +22,9 @@ from draftsmith.data.progress import progress
 from draftsmith.data.replies.reply_settings import reply_settings
 from draftsmith.data.tokens import ChatTemplate
 from draftsmith.decode.sampling import GenerationSettings, ReplyOptions
+from draftsmith.escapes import visible
 from draftsmith.files import JsonlAppender, atomic_write, exclusive
-from draftsmith.foreign import json_text, visible
+from draftsmith.json_text import json_text, parse_json_object
 from draftsmith.label.answer_rows import write_answers
 from draftsmith.label.checkers.checkers import Checker, load_checker
 from draftsmith.label.mine.answers import Parse, ParserName, answer_parser
@@ -37,7 +38,6 @@ from draftsmith.models.files.loading import load_tokenizer
 from draftsmith.models.target.options import DEFAULTS, TargetOptions
 from draftsmith.models.target.prompt_template import OWN_TEMPLATE, TemplateChoice
 from draftsmith.models.target.target import Target
-from draftsmith.outside import parse_json_object
 from draftsmith.ownership import check_alone, check_unclaimed
 from draftsmith.provenance import differences
 

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from draftsmith.arguments import FLAT
+from draftsmith.escapes import visible
 from draftsmith.extras import install_command
 from draftsmith.files import atomic_write
-from draftsmith.foreign import json_text, visible
 from draftsmith.hub_options import OWN_FILES, HubOptions
+from draftsmith.json_text import json_text
 from draftsmith.label.page.markable_spans import Cutter
 from draftsmith.label.store.database import database_file
 from draftsmith.label.store.store import Store

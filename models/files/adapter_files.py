@@ -16,11 +16,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from draftsmith.json_text import parse_json_object
 from draftsmith.models.files.fingerprint import checkpoint_fingerprint
 from draftsmith.models.files.finite import is_finite
 from draftsmith.models.files.model_folder import resolve
 from draftsmith.models.files.pretrained import name_faults
-from draftsmith.outside import parse_json_object
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PEFT's, before every tensor's name

@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from draftsmith.outside import parse_json_object, safe_file_name
+from draftsmith.json_text import parse_json_object
+from draftsmith.models.files.field_rules import safe_file_name
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 INDEX = f"{WEIGHTS}.index.json"

@@ -1,11 +1,13 @@
 """Rules for the fields of a ``config.json`` that somebody else may have written: what each must be, in one line.
 
-Owns the rules that several kinds of config share, and the error for a field that breaks one. Knows no family.
+Owns the rules that several kinds of config share, the error for a field that breaks one, and which names of files are safe to open.
+Knows no family.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -14,6 +16,7 @@ Rule = tuple[Callable[[Any], bool], str]
 
 _LARGEST = 2**31
 _MOST_PARTS = 1024
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}")
 
 
 def is_whole(value: object, least: int) -> bool:
@@ -77,3 +80,23 @@ def check_fields(
     for name, (fits, rule) in rules.items():
         if name in fields and not fits(fields[name]):
             raise ValueError(f"{place}: {name} is {fields[name]!r:.80}, it must be {rule}; {remedy}")
+
+
+def safe_file_name(value: object, where: str) -> str:
+    """Check a field that names a file inside one folder.
+
+    Args:
+        value: of the field.
+        where: the file and field that it comes from.
+
+    Returns:
+        The value itself.
+
+    Raises:
+        ValueError: it is no text, it has a separator, it begins with a dot, or it has other letters than file names need.
+    """
+    if not isinstance(value, str) or _PLAIN_NAME.fullmatch(value) is None:
+        raise ValueError(
+            f"{where} is {value!r:.80}, which is no plain file name; use letters, digits, '.', '_' and '-' only, without folders"
+        )
+    return value

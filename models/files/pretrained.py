@@ -33,8 +33,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
+from draftsmith.json_text import parse_json_object
 from draftsmith.models.files.checkpoint_files import mtp_beginnings
-from draftsmith.outside import parse_json_object, safe_file_name
+from draftsmith.models.files.field_rules import safe_file_name
 
 _LOG = logging.getLogger(__name__)
 _TOLD_FROM = 4 * 2**30  # bytes of weights; fewer are read in a moment

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from draftsmith.files import atomic_addition
+from draftsmith.json_text import parse_json_object
 from draftsmith.models.files.field_rules import LIST, TEXT, Rule, check_fields, is_whole
 from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.shapes import parse_shape, shape_text
 from draftsmith.models.tree.shapes_by_rows import ShapesByRows
-from draftsmith.outside import parse_json_object
 
 SHAPES_FILE = "shapes_by_rows.json"
 VERSION = 1

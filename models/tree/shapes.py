@@ -16,8 +16,8 @@ from operator import mul
 from pathlib import Path
 from typing import Any
 
+from draftsmith.json_text import parse_json
 from draftsmith.models.tree.limits import DraftLimits, EarlyStop, Rule, SampledChildren
-from draftsmith.outside import parse_json
 
 RankPath = tuple[int, ...]
 

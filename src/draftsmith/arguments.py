@@ -23,7 +23,7 @@ import docstring_parser
 import jsonargparse
 import yaml
 
-from draftsmith.foreign import visible
+from draftsmith.escapes import visible
 
 # Marks in `Annotated`:
 FLAT = "flat"  # a dataclass whose fields are options under their own names, see `parser_for`

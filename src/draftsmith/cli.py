@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from draftsmith import __version__
-from draftsmith.foreign import visible
+from draftsmith.escapes import visible
 from draftsmith.quiet import quiet_libraries
 
 PROG = "draftsmith"

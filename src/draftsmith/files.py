@@ -20,8 +20,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
-from draftsmith.foreign import json_text
 from draftsmith.json_rows import Dropped, DroppedSink, UnusableRow, check_lines, is_blank, parse_object, shown
+from draftsmith.json_text import json_text
 from draftsmith.ownership import CLAIM_FILE, check_contents, check_replaceable, claimed, claimed_too
 
 _OWNER = re.compile(r"\.(partial|replaced)-((?P<machine>.+)-(?P<pid>\d+)-[0-9a-f]{8}|(?P<old_pid>\d+))$")

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NoReturn, Protocol
 
-from draftsmith.foreign import json_text, one_line
+from draftsmith.escapes import one_line
+from draftsmith.json_text import json_text
 
 DROPPED_FILE = "dropped.jsonl"
 MAX_DEPTH = 100

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from draftsmith.foreign import json_text
-from draftsmith.outside import parse_json
+from draftsmith.json_text import json_text, parse_json
 
 CLAIM_FILE = "provenance.json"
 _KEY = "folder"

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from draftsmith.files import atomic_write
-from draftsmith.foreign import json_text
-from draftsmith.outside import parse_json_object
+from draftsmith.json_text import json_text, parse_json_object
 from draftsmith.ownership import CLAIM_FILE as FILE_NAME
 from draftsmith.ownership import check_unclaimed
 

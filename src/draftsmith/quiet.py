@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-from draftsmith.foreign import visible
+from draftsmith.escapes import visible
 
 SHOW_ALL = "DRAFTSMITH_LIBRARY_MESSAGES"
 

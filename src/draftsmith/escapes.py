@@ -1,7 +1,7 @@
-"""Foreign text as text: names, replies, prompts and error messages where something else would read them as markup or commands.
+"""Text that somebody else wrote (names, replies, prompts, errors), escaped where a reader would take it for markup or commands.
 
-Owns one escape for each place: a terminal, a Markdown cell, code span and block, a line of YAML, a chart, JSON in a file. Knows none of the
-pages that use them.
+Owns one escape for each place: a terminal, a Markdown cell, code span and block, a line of YAML, a chart, a shell. Knows none of the
+pages that use them. For JSON see `json_text`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from typing import Any
 
 # C0 and C1 control characters but line feed and tab, the line separators of Unicode, marks that turn the direction of writing,
 # byte-order marks, and halves of surrogate pairs, which no encoder takes.
@@ -61,11 +60,6 @@ def chart_text(text: object) -> str:
 def shell_word(text: object) -> str:
     """For a command to paste: one word of a shell."""
     return shlex.quote(one_line(text))
-
-
-def json_text(value: Any, indent: int | None = None) -> str:
-    """JSON that every encoder takes: letters of all scripts as they are, halves of surrogate pairs as `\\udc80`."""
-    return json.dumps(value, indent=indent, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
 
 
 def _longest_run(text: str) -> int:

@@ -1,6 +1,5 @@
-"""Foreign text stays text wherever it is printed."""
+"""Text of others stays text wherever it is printed."""
 
-import json
 import re
 from io import StringIO
 
@@ -12,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from draftsmith import cli
-from draftsmith.foreign import block, chart_text, code, json_text, one_line, plain, visible, yaml_text
+from draftsmith.escapes import block, chart_text, code, one_line, plain, visible, yaml_text
 
 HOSTILE = "a|b `c` [red]x[/red] <img src=x> $\\alpha$ \x1b[2J\u202e\ud800 https://evil.example\n# d"
 TEXTS = st.one_of(st.text(), st.text(alphabet="`|[]<>$_*\\\n\x1b\u202e\ud800ab:/."), st.just(HOSTILE))
@@ -56,9 +55,8 @@ def test_a_code_span_and_a_block_end_where_they_are_closed(text: str) -> None:
 
 
 @given(TEXTS)
-def test_yaml_and_json_give_the_text_back(text: str) -> None:
+def test_yaml_gives_the_text_back(text: str) -> None:
     assert yaml.safe_load(f"base_model: {yaml_text(text)}") == {"base_model": one_line(text)}
-    assert json.loads(json_text({"name": text}).encode("utf-8")) == {"name": text}
 
 
 @pytest.mark.parametrize("text", [HOSTILE, "$x", "_hidden", "a $ b $ c", r"\frac{$}{$"])
