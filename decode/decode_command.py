@@ -28,12 +28,8 @@ from draftsmith.decode.verify.rule_text import parse_rule
 from draftsmith.escapes import visible
 from draftsmith.models.branches import default_for
 from draftsmith.models.drafters.drafter import Drafter
-from draftsmith.models.drafters.drafter_folder import (
-    TargetBond,
-    drafter_fingerprint,
-    drafter_folder,
-    load_drafter,
-)
+from draftsmith.models.drafters.drafter_folder import drafter_fingerprint, drafter_folder, load_drafter
+from draftsmith.models.drafters.other_layouts import TargetBond
 from draftsmith.models.drafters.registry import default_limits
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
 from draftsmith.models.lora.adapted_drafter import adapted

@@ -42,7 +42,8 @@ from draftsmith.evaluate.slow_drafters import slow_drafters
 from draftsmith.evaluate.strata_chart import draw_categories, draw_contexts
 from draftsmith.files import atomic_directory, exclusive, sha256_file
 from draftsmith.models.branches import check_branches, default_for
-from draftsmith.models.drafters.drafter_folder import TargetBond, drafter_fingerprint, load_drafter
+from draftsmith.models.drafters.drafter_folder import drafter_fingerprint, load_drafter
+from draftsmith.models.drafters.other_layouts import TargetBond
 from draftsmith.models.drafters.registry import default_limits
 from draftsmith.models.files.fingerprint import module_fingerprint, tokenizer_fingerprint
 from draftsmith.models.target.options import DEFAULTS, TargetOptions

@@ -14,14 +14,14 @@ from typing import Any
 from torch import Tensor
 
 from draftsmith import provenance
-from draftsmith.models.drafters.drafter_folder import layout_of, part_in, unknown_layout
+from draftsmith.models.drafters.other_layouts import layout_of, part_in, unknown_layout
 from draftsmith.models.drafters.registry import registry
 from draftsmith.models.files.adapter_files import BOND
 from draftsmith.models.files.checkpoint_files import read_fields, read_tensors, weight_files
 from draftsmith.models.files.tables import target_ids, vocabulary_faults
-from draftsmith.models.foreign.named_kinds import claims_known_head, named_kind
-from draftsmith.models.foreign.speculators_config import SPECULATORS_KEY, proposed_tokens, verifier_name
 from draftsmith.models.lora.lora_adapter import read_bond
+from draftsmith.models.other_software.named_kinds import claims_known_head, named_kind
+from draftsmith.models.other_software.speculators_config import SPECULATORS_KEY, proposed_tokens, verifier_name
 
 _NESTED = ("transformer_layer_config", "eagle_config", "dflash_config")
 # Fields that are shown where a config has them, each with the words for it.

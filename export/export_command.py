@@ -18,7 +18,8 @@ from draftsmith.export.layouts import layouts
 from draftsmith.files import atomic_directory, exclusive, sha256_file
 from draftsmith.json_text import parse_json
 from draftsmith.models.drafters.drafter import Drafter
-from draftsmith.models.drafters.drafter_folder import TargetBond, load_drafter
+from draftsmith.models.drafters.drafter_folder import load_drafter
+from draftsmith.models.drafters.other_layouts import TargetBond
 from draftsmith.models.drafters.registry import family_of
 from draftsmith.models.files.adapter_files import BOND, TARGET_ADAPTER
 from draftsmith.models.files.checkpoint_files import weight_files

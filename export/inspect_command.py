@@ -11,7 +11,8 @@ from typing import Annotated
 from draftsmith.arguments import FLAT
 from draftsmith.escapes import one_line
 from draftsmith.export.contents import Contents, contents_of
-from draftsmith.models.drafters.drafter_folder import TargetBond, drafter_folder, load_drafter
+from draftsmith.models.drafters.drafter_folder import drafter_folder, load_drafter
+from draftsmith.models.drafters.other_layouts import TargetBond
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
 from draftsmith.models.target.options import EndsOptions
 

@@ -23,7 +23,8 @@ import torch
 
 from draftsmith.decode import Engine, GenerationSettings
 from draftsmith.models import Target, load_tokenizer
-from draftsmith.models.drafters.drafter_folder import TargetBond, load_drafter
+from draftsmith.models.drafters.drafter_folder import load_drafter
+from draftsmith.models.drafters.other_layouts import TargetBond
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
 from draftsmith.models.tree.shapes import parse_shape
 

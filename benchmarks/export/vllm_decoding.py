@@ -193,7 +193,8 @@ def decoded_here(target: str, folder: str, prompts: list[list[int]], max_tokens:
     """What draftsmith decodes, prompt by prompt, with a chain."""
     from draftsmith.decode import Engine, GenerationSettings
     from draftsmith.models import DraftLimits, Target
-    from draftsmith.models.drafters.drafter_folder import TargetBond, load_drafter
+    from draftsmith.models.drafters.drafter_folder import load_drafter
+    from draftsmith.models.drafters.other_layouts import TargetBond
 
     model = Target.load(target)
     drafter = load_drafter(Path(folder), target=TargetBond(model.ends))

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from draftsmith.decode.engine import Engine
 from draftsmith.decode.runners import Compile
 from draftsmith.decode.sampling import GenerationSettings
-from draftsmith.models.drafters.drafter_folder import TargetBond, load_drafter
+from draftsmith.models.drafters.drafter_folder import load_drafter
+from draftsmith.models.drafters.other_layouts import TargetBond
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
 from draftsmith.models.target.target import Target
 from draftsmith.models.tree.limits import DraftLimits

@@ -44,7 +44,7 @@ from draftsmith.json_text import parse_json_object
 from draftsmith.models.branches import default_for
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.drafter_reader import read_drafter
-from draftsmith.models.drafters.served_families import drafter_class
+from draftsmith.models.drafters.registry import drafter_class
 from draftsmith.models.evaluating import evaluating
 from draftsmith.models.files.checkpoint_files import read_fields
 from draftsmith.models.files.field_rules import COUNT_OR_NULL, LIST, Rule, check_fields, is_number, is_whole

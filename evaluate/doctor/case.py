@@ -25,9 +25,10 @@ from draftsmith.evaluate.records import Sample
 from draftsmith.json_text import parse_json_object
 from draftsmith.models.drafters.draft_lm import LMDrafter
 from draftsmith.models.drafters.drafter import Drafter
-from draftsmith.models.drafters.drafter_folder import COMPOSED, TargetBond, drafter_folder, load_drafter
+from draftsmith.models.drafters.drafter_folder import COMPOSED, drafter_folder, load_drafter
+from draftsmith.models.drafters.other_layouts import TargetBond
 from draftsmith.models.files.adapter_files import BOND
-from draftsmith.models.foreign.speculators_config import verifier_name
+from draftsmith.models.other_software.speculators_config import verifier_name
 from draftsmith.models.target.ends import TargetEnds
 from draftsmith.models.target.prompt_template import NO_OPTIONS, TemplateOptions
 from draftsmith.models.target.target import PRE_NORM, Target, TargetOutput

@@ -27,7 +27,8 @@ from draftsmith.json_rows import UnusableRow
 from draftsmith.label.checkers.checkers import Checker
 from draftsmith.label.commands.checked_answers import digest
 from draftsmith.models.drafters.drafter import Drafter
-from draftsmith.models.drafters.drafter_folder import TargetBond, drafter_fingerprint, drafter_folder, load_drafter
+from draftsmith.models.drafters.drafter_folder import drafter_fingerprint, drafter_folder, load_drafter
+from draftsmith.models.drafters.other_layouts import TargetBond
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
 from draftsmith.models.target.options import TargetOptions
 from draftsmith.models.target.prompt_template import TemplateChoice

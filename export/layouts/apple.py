@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from draftsmith.export.layouts.layout import Foreign, Layout
+from draftsmith.export.layouts.layout import Layout, LayoutReader
 from draftsmith.export.layouts.readback import refuse_difference, tensors_of
 from draftsmith.models.drafters.drafter_reader import assemble, module_table
 from draftsmith.models.families.redrafter import ReDrafter, ReDrafterConfig
@@ -87,6 +87,6 @@ LAYOUTS = (
         write_apple,
         "the layout of Apple's ml-recurrent-drafter: `config.json` with its keys only, `model.safetensors` with its tensor names. The "
         "target is named in `provenance.json`",
-        Foreign("Apple's", holds, read_apple),
+        LayoutReader("Apple's", holds, read_apple),
     ),
 )

@@ -19,7 +19,7 @@ from torch import Tensor
 from draftsmith.export.layouts import speculators
 from draftsmith.export.layouts.embedding import NAME as EMBEDDING
 from draftsmith.export.layouts.embedding import embedding_rows, is_plain, refuse_other_embedding
-from draftsmith.export.layouts.layout import Foreign, Layout
+from draftsmith.export.layouts.layout import Layout, LayoutReader
 from draftsmith.export.layouts.llama import has_own_head, layer_settings, llama_fields
 from draftsmith.export.layouts.readback import refuse_difference, tensors_of
 from draftsmith.export.layouts.serving import sglang, vllm
@@ -28,8 +28,8 @@ from draftsmith.models.families.eagle import Eagle
 from draftsmith.models.families.eagle_config import EagleConfig
 from draftsmith.models.files.checkpoint_files import as_text, read_fields, read_tensors, write_files
 from draftsmith.models.files.tables import Table, TensorSpec
-from draftsmith.models.foreign.named_kinds import named_kind
-from draftsmith.models.foreign.speculators_config import SPECULATORS_KEY
+from draftsmith.models.other_software.named_kinds import named_kind
+from draftsmith.models.other_software.speculators_config import SPECULATORS_KEY
 from draftsmith.models.target.ends import TargetEnds
 
 WHAT = "EAGLE-1"
@@ -145,7 +145,7 @@ LAYOUTS = (
         write,
         "the EAGLE-1 layout that vLLM and SGLang both load: two architectures, each engine's own, and an `fc.bias` of zeros. Embedding and "
         "head are the target's. The target is named in `provenance.json`",
-        Foreign("the common EAGLE-1", holds, read),
+        LayoutReader("the common EAGLE-1", holds, read),
         _commands,
         whole_vocabulary=True,
     ),

@@ -21,7 +21,7 @@ from torch import Tensor
 from draftsmith.export.layouts.embedding import NAME as EMBEDDING
 from draftsmith.export.layouts.embedding import embedding_rows, is_plain, num_other_rows, refuse_other_embedding
 from draftsmith.export.layouts.layer_ids import block_counts, id_fields, layer_names, read_counts
-from draftsmith.export.layouts.layout import Foreign, Layout
+from draftsmith.export.layouts.layout import Layout, LayoutReader
 from draftsmith.export.layouts.llama import (
     has_own_head,
     layer_settings,
@@ -37,8 +37,8 @@ from draftsmith.models.families.eagle3 import SWITCHES, Eagle3, Eagle3Config
 from draftsmith.models.files.checkpoint_files import CONFIG, as_text, read_fields, read_tensors, write_files
 from draftsmith.models.files.field_rules import TOKEN_OR_NULL, check_fields
 from draftsmith.models.files.tables import Table, TensorSpec, membership, regular_maps, target_ids
-from draftsmith.models.foreign.named_kinds import named_kind
-from draftsmith.models.foreign.speculators_config import SPECULATORS_KEY
+from draftsmith.models.other_software.named_kinds import named_kind
+from draftsmith.models.other_software.speculators_config import SPECULATORS_KEY
 from draftsmith.models.target.ends import TargetEnds
 from draftsmith.models.target.target import PRE_NORM
 
@@ -391,7 +391,7 @@ LAYOUTS = (
         "eagle3",
         write,
         "the EAGLE-3 layout that vLLM, SGLang and the official code load. The target is named in `provenance.json`",
-        Foreign("the common EAGLE-3", holds, read),
+        LayoutReader("the common EAGLE-3", holds, read),
         _commands,
     ),
     Layout(

@@ -1,7 +1,7 @@
 """Every layout by name: who writes it, and whose drafters it can hold.
 
-Owns that choice. The one loader of drafters reads folders of other software. Every family's record names the modules of its foreign
-layouts. Does not know the layouts' tables.
+Owns that choice. The one loader of drafters reads folders of other software. Every family's record names the modules of its
+layouts for other software. Does not know the layouts' tables.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from draftsmith.export.layouts import custom_generate
 from draftsmith.export.layouts import own_layout as own
 from draftsmith.export.layouts.layout import Layout
 from draftsmith.models.drafters.drafter import Drafter
-from draftsmith.models.drafters.drafter_folder import TargetBond, read_foreign
 from draftsmith.models.drafters.family import Family
+from draftsmith.models.drafters.other_layouts import TargetBond, read_other_software
 from draftsmith.models.drafters.registry import all_families, family_of
 from draftsmith.models.files.checkpoint_files import read_fields, read_tensors
 from draftsmith.models.target.ends import TargetEnds
 
 
-def foreign_layouts(family: Family) -> tuple[Layout, ...]:
+def other_software_layouts(family: Family) -> tuple[Layout, ...]:
     """The layouts of other software that can hold a family's drafters."""
     modules = [importlib.import_module(name) for name in family.layouts]
     return tuple(layout for module in modules for layout in module.LAYOUTS)
@@ -28,7 +28,7 @@ def foreign_layouts(family: Family) -> tuple[Layout, ...]:
 
 def layouts_of(family: Family) -> tuple[Layout, ...]:
     """Every layout that can hold a family's drafters."""
-    return (own.LAYOUT, *foreign_layouts(family), custom_generate.LAYOUT)
+    return (own.LAYOUT, *other_software_layouts(family), custom_generate.LAYOUT)
 
 
 def layout_for(family: Family, name: str) -> Layout:
@@ -41,7 +41,9 @@ def layout_for(family: Family, name: str) -> Layout:
     if name in fitting:
         return fitting[name]
     owners = [
-        other.about.title for other in all_families() if name in (layout.name for layout in foreign_layouts(other))
+        other.about.title
+        for other in all_families()
+        if name in (layout.name for layout in other_software_layouts(other))
     ]
     problem = f"is for {' and '.join(owners)}" if owners else "is not known"
     raise ValueError(f"layout {name!r} {problem}, this drafter is {family.about.title}; use {' or '.join(fitting)}")
@@ -86,4 +88,4 @@ def load_any(folder: Path, ends: TargetEnds | None = None, tokenizer_fingerprint
             drafter.attach(ends)
             drafter.check_tokenizer(tokenizer_fingerprint)
         return drafter
-    return read_foreign(folder, None if ends is None else TargetBond(ends, tokenizer_fingerprint))
+    return read_other_software(folder, None if ends is None else TargetBond(ends, tokenizer_fingerprint))

@@ -24,7 +24,7 @@ PACKAGES = ("huggingface_hub", "numpy", "safetensors", "torch", "transformers")
 
 _OURS = "draftsmith"
 _SOURCE = "draftsmith.decode.hugging_face.hf_generate"
-_SERVED = "draftsmith.models.drafters.served_families"
+_REGISTRY = "draftsmith.models.drafters.registry"
 # What reads a target from disk. Transformers has done that already, and it would bring more packages along.
 _LEFT_OUT = {
     "draftsmith.models.target.target": {"Target.load"},
@@ -62,7 +62,7 @@ def shipped_code(kind: type[Drafter]) -> ShippedCode:
     """
     family = kind.__module__.partition(".")[0]
     roots = (_OURS,) if family == _OURS else (_OURS, family)
-    copied: dict[str, _Copied] = {_SERVED: _Copied(_served(kind), [kind.__module__])}
+    copied: dict[str, _Copied] = {_REGISTRY: _Copied(_registry_of_one(kind), [kind.__module__])}
     pending = [_SOURCE, kind.__module__]
     while pending:
         module = pending.pop()
@@ -74,12 +74,12 @@ def shipped_code(kind: type[Drafter]) -> ShippedCode:
     return ShippedCode(dict(sorted(texts.items())), tuple(_requirement(name) for name in sorted(others)))
 
 
-def _served(kind: type[Drafter]) -> str:
-    """The module that knows this one family, in place of the one that asks the registry."""
+def _registry_of_one(kind: type[Drafter]) -> str:
+    """The module that takes the registry's place: it knows this one family."""
     model_type, name = kind.config_class.model_type, kind.__name__
     return (
         f'"""The one drafter family that this folder decodes with."""\n\nfrom .{_flat(kind.__module__)} import {name}\n\n\n'
-        f'def drafter_class(model_type):\n    """See draftsmith, module {_SERVED}."""\n    if model_type != {model_type!r}:\n'
+        f'def drafter_class(model_type):\n    """See draftsmith, module {_REGISTRY}."""\n    if model_type != {model_type!r}:\n'
         f'        raise ValueError(f"this code decodes with model_type {model_type}, not {{model_type!r:.80}}; export the drafter again")\n'
         f"    return {name}\n"
     )

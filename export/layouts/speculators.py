@@ -20,7 +20,7 @@ from draftsmith.export.layouts import eagle3
 from draftsmith.export.layouts.embedding import NAME as EMBEDDING
 from draftsmith.export.layouts.embedding import embedding_rows
 from draftsmith.export.layouts.layer_ids import KEY, block_counts
-from draftsmith.export.layouts.layout import Foreign, Layout
+from draftsmith.export.layouts.layout import Layout, LayoutReader
 from draftsmith.export.layouts.llama import SIZES
 from draftsmith.export.layouts.readback import refuse_difference, tensors_of
 from draftsmith.export.layouts.serving import vllm
@@ -28,7 +28,7 @@ from draftsmith.models.families.eagle3 import Eagle3
 from draftsmith.models.files.checkpoint_files import CONFIG, as_text, read_fields, read_tensors, write_files
 from draftsmith.models.files.model_folder import openable_name
 from draftsmith.models.files.tables import target_ids, vocabulary_faults
-from draftsmith.models.foreign.speculators_config import SPECULATORS_KEY, algorithm_of, proposed_tokens
+from draftsmith.models.other_software.speculators_config import SPECULATORS_KEY, algorithm_of, proposed_tokens
 from draftsmith.models.target.ends import TargetEnds
 
 VERSION = "0.9.0"
@@ -233,7 +233,7 @@ LAYOUTS = (
         "speculators",
         write,
         "the layout of the speculators package, with the target's embedding",
-        Foreign("the speculators package's", holds, read),
+        LayoutReader("the speculators package's", holds, read),
         _commands,
     ),
 )

@@ -2,6 +2,9 @@
 
 Owns how families are found: the package's own by looking into `models/families/` and its rooms, others by the entry point group
 ``draftsmith.families``. Knows no family by name. Packages are imported when a family is looked for that is not the package's own.
+
+A ``custom_generate`` folder has another module in place of this one: it knows the one family of its drafter, and offers
+`drafter_class` alone.
 """
 
 from __future__ import annotations
@@ -164,6 +167,24 @@ def family_of(drafter: Drafter) -> Family:
         known = ", ".join(known_family.about.title for known_family in all_families())
         raise ValueError(f"a {type(drafter).__name__} is of no known family ({known}){missing_families()}")
     return family
+
+
+def drafter_class(model_type: str) -> type[Drafter]:
+    """Look up the class of a family's drafters.
+
+    Args:
+        model_type: of a drafter's config.
+
+    Returns:
+        The class.
+
+    Raises:
+        ValueError: no family has this type.
+    """
+    family = registry().get(model_type)
+    if family is None:
+        raise ValueError(f"no drafter family has the model_type {model_type!r:.80}{missing_families()}")
+    return family.drafter
 
 
 def recorded_settings(settings: DrafterFamily) -> dict[str, object]:

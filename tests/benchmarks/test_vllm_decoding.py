@@ -18,9 +18,10 @@ from benchmarks.export.vllm_conformity import RESULT
 from benchmarks.export.vllm_decoding import Job, decoded_there, inside, named_folder, outcome, refusal, results_of
 from benchmarks.export.vllm_layouts import CASES, CHANGED, DRAFTERS, TARGET, changed, mimo, rename_as_vllm, with_layer
 from benchmarks.export.vllm_page import Compared, Decoded, Refused, page
-from draftsmith.export.layouts.layouts import foreign_layouts, load_any, write
+from draftsmith.export.layouts.layouts import load_any, other_software_layouts, write
 from draftsmith.models import Target
-from draftsmith.models.drafters.drafter_folder import TargetBond, load_drafter
+from draftsmith.models.drafters.drafter_folder import load_drafter
+from draftsmith.models.drafters.other_layouts import TargetBond
 from draftsmith.models.drafters.registry import all_families
 from draftsmith.models.families.heads import HeadsFamily
 from draftsmith.models.families.riders.mtp import MtpHead
@@ -114,7 +115,7 @@ def test_every_layout_whose_card_names_vllm_is_decoded() -> None:
     named = {
         layout.name
         for family in all_families()
-        for layout in foreign_layouts(family)
+        for layout in other_software_layouts(family)
         if layout.commands is not None and "vLLM" in layout.commands("org/name", 4)
     }
     assert named <= {case.layout for case in CASES}

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from draftsmith import provenance
 from draftsmith.export.export_command import RecordOptions, export
 from draftsmith.export.layouts.layout import Layout
-from draftsmith.export.layouts.layouts import foreign_layouts, layouts_of
+from draftsmith.export.layouts.layouts import layouts_of, other_software_layouts
 from draftsmith.models import Family, TargetEnds
 from draftsmith.models.drafters.drafter_folder import load_drafter
 from draftsmith.models.families.redrafter import ReDrafter
@@ -170,7 +170,7 @@ def test_what_is_exported_in_our_layout_is_what_decoding_loads(
 
 def holds_the_draft_vocabulary(family: Family) -> Iterator[Layout]:
     """Other layouts than these lose it, so what comes back from them is another drafter."""
-    return (layout for layout in foreign_layouts(family) if not layout.whole_vocabulary)
+    return (layout for layout in other_software_layouts(family) if not layout.whole_vocabulary)
 
 
 @pytest.mark.parametrize(("family", "layout"), in_layouts(holds_the_draft_vocabulary))

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("src", "models", "decode", "data", "label", "train", "evaluate", "export", "embedded")
 OWN = {ROOT / "models" / "families"}
 LAYOUTS = ROOT / "export" / "layouts"
-FOREIGN = {
+OTHER_SOFTWARE = {
     *(
         LAYOUTS / f"{name}.py"
         for name in ("apple", "eagle", "eagle3", "embedding", "layer_ids", "llama", "serving", "speculators")
@@ -20,7 +20,7 @@ FOREIGN = {
     *(LAYOUTS / "block").glob("*.py"),
     *(LAYOUTS / "heads").glob("*.py"),
     ROOT / "export" / "contents.py",
-    ROOT / "models" / "foreign" / "named_kinds.py",
+    ROOT / "models" / "other_software" / "named_kinds.py",
 }
 EARLIER_NAMES = ROOT / "src" / "draftsmith" / "moved.py"
 
@@ -49,7 +49,7 @@ def mentions(text: str) -> list[str]:
 def test_no_family_is_named_outside_its_own_files(package: str) -> None:
     found = {}
     for path in sorted((ROOT / package).rglob("*.py")):
-        if not OWN & {path, *path.parents} and path not in FOREIGN | {EARLIER_NAMES}:
+        if not OWN & {path, *path.parents} and path not in OTHER_SOFTWARE | {EARLIER_NAMES}:
             found[str(path.relative_to(ROOT))] = mentions(path.read_text(encoding="utf-8"))
     assert {path: lines for path, lines in found.items() if lines} == {}, "ask draftsmith.models.drafters.registry"
 

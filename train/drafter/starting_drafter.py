@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from draftsmith.models.drafters.drafter import Drafter
-from draftsmith.models.drafters.drafter_folder import TargetBond, drafter_folder, load_drafter
+from draftsmith.models.drafters.drafter_folder import drafter_folder, load_drafter
 from draftsmith.models.drafters.family import DrafterFamily
+from draftsmith.models.drafters.other_layouts import TargetBond
 from draftsmith.models.files.fingerprint import module_fingerprint
 from draftsmith.models.lora.lora_adapter import AdapterBond, LoraSettings, add_adapter, save_adapter
 from draftsmith.models.target.target import TargetEnds

@@ -14,7 +14,8 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
 from draftsmith import provenance
 from draftsmith.files import atomic_directory
-from draftsmith.models.drafters.drafter_folder import TargetBond, load_drafter
+from draftsmith.models.drafters.drafter_folder import load_drafter
+from draftsmith.models.drafters.other_layouts import TargetBond
 from draftsmith.ownership import check_replaceable
 from draftsmith.train.batches.data_module import CacheDataModule
 from draftsmith.train.drafter.module import DraftModule

@@ -26,7 +26,8 @@ from draftsmith.label.checkers.checkers import Checker
 from draftsmith.label.commands.checked_answers import LicensedPrompt
 from draftsmith.label.schema import Answer, Label, answer_id
 from draftsmith.models.drafters.drafter import Drafter
-from draftsmith.models.drafters.drafter_folder import TargetBond, drafter_fingerprint, drafter_folder, load_drafter
+from draftsmith.models.drafters.drafter_folder import drafter_fingerprint, drafter_folder, load_drafter
+from draftsmith.models.drafters.other_layouts import TargetBond
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
 from draftsmith.models.judge import Judge, JudgedDrafter, load_judge
 from draftsmith.models.target.target import Target

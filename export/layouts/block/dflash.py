@@ -33,13 +33,13 @@ from draftsmith.export.layouts.block.qwen3 import (
 )
 from draftsmith.export.layouts.eagle3 import num_layers
 from draftsmith.export.layouts.layer_ids import block_counts
-from draftsmith.export.layouts.layout import Foreign, Layout
+from draftsmith.export.layouts.layout import Layout, LayoutReader
 from draftsmith.export.layouts.readback import refuse_difference
 from draftsmith.export.layouts.serving import sglang_block, vllm
 from draftsmith.models.families.block.block_drafter import BlockDrafter
 from draftsmith.models.files.checkpoint_files import as_text, read_fields, read_tensors, write_files
-from draftsmith.models.foreign.named_kinds import named_kind
-from draftsmith.models.foreign.speculators_config import SPECULATORS_KEY
+from draftsmith.models.other_software.named_kinds import named_kind
+from draftsmith.models.other_software.speculators_config import SPECULATORS_KEY
 from draftsmith.models.target.ends import TargetEnds
 
 _ARCHITECTURES = {
@@ -160,7 +160,7 @@ LAYOUTS = (
         "dflash",
         write,
         "z-lab's DFlash layout, which vLLM and SGLang load. The target is named in `provenance.json`",
-        Foreign("z-lab's", holds, read),
+        LayoutReader("z-lab's", holds, read),
         _commands,
     ),
     Layout(

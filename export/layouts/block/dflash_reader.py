@@ -39,7 +39,7 @@ from draftsmith.models.files.field_rules import (
     is_whole,
 )
 from draftsmith.models.files.tables import num_drafted, regular_maps
-from draftsmith.models.foreign.named_kinds import named_kind
+from draftsmith.models.other_software.named_kinds import named_kind
 from draftsmith.models.target.ends import TargetEnds
 
 NESTED = "dflash_config"

@@ -28,14 +28,14 @@ from draftsmith.export.layouts.block.qwen3 import (
 from draftsmith.export.layouts.eagle3 import num_layers
 from draftsmith.export.layouts.embedding import is_plain
 from draftsmith.export.layouts.layer_ids import block_counts
-from draftsmith.export.layouts.layout import Foreign, Layout
+from draftsmith.export.layouts.layout import Layout, LayoutReader
 from draftsmith.export.layouts.llama import SIZES
 from draftsmith.export.layouts.readback import refuse_difference
 from draftsmith.export.layouts.serving import vllm
 from draftsmith.models.families.block.block_drafter import BlockDrafter
 from draftsmith.models.files.checkpoint_files import CONFIG, as_text, read_fields, read_tensors, write_files
 from draftsmith.models.files.field_rules import OBJECT, check_fields
-from draftsmith.models.foreign.speculators_config import SPECULATORS_KEY, algorithm_of
+from draftsmith.models.other_software.speculators_config import SPECULATORS_KEY, algorithm_of
 from draftsmith.models.target.ends import TargetEnds
 
 _LAYERS = "transformer_layer_config"
@@ -148,7 +148,7 @@ LAYOUTS = (
         "speculators",
         write,
         "the layout of the speculators package. Embedding and head are the target's",
-        Foreign("the speculators package's", holds, read),
+        LayoutReader("the speculators package's", holds, read),
         _commands,
     ),
 )

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from draftsmith.export.layouts.heads.own_heads import written_out
-from draftsmith.export.layouts.layout import Foreign, Layout
+from draftsmith.export.layouts.layout import Layout, LayoutReader
 from draftsmith.export.layouts.readback import refuse_difference, tensors_of
 from draftsmith.export.layouts.serving import vllm
 from draftsmith.models.drafters.drafter_reader import assemble, module_table
@@ -29,7 +29,7 @@ from draftsmith.models.files.checkpoint_files import CONFIG, as_text, read_field
 from draftsmith.models.files.field_rules import COUNT, COUNT_OR_NULL, FLAG, PARTS, Rule, check_fields
 from draftsmith.models.files.model_folder import openable_name
 from draftsmith.models.files.tables import num_drafted, target_ids
-from draftsmith.models.foreign.named_kinds import named_kind
+from draftsmith.models.other_software.named_kinds import named_kind
 from draftsmith.models.target.ends import TargetEnds
 
 WHAT = "Medusa"
@@ -206,7 +206,7 @@ LAYOUTS = (
         "medusa",
         write,
         "the layout of Medusa's official training, with an output head for each step. The target is named in `provenance.json`",
-        Foreign("Medusa's", holds, read),
+        LayoutReader("Medusa's", holds, read),
         _commands,
     ),
 )

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from draftsmith.export.layouts.heads.own_heads import written_out
-from draftsmith.export.layouts.layout import Foreign, Layout
+from draftsmith.export.layouts.layout import Layout, LayoutReader
 from draftsmith.export.layouts.readback import refuse_difference, tensors_of
 from draftsmith.models.drafters.drafter_reader import assemble, module_table
 from draftsmith.models.families.heads import HeadsConfig, HeadsDrafter
 from draftsmith.models.files.checkpoint_files import CONFIG, as_text, read_fields, read_tensors, write_files
 from draftsmith.models.files.field_rules import COUNT, COUNT_OR_ZERO, FLAG, PARTS, Rule, check_fields
-from draftsmith.models.foreign.named_kinds import named_kind
+from draftsmith.models.other_software.named_kinds import named_kind
 from draftsmith.models.target.ends import TargetEnds
 
 WHAT = "MLP speculator"
@@ -167,6 +167,6 @@ LAYOUTS = (
         "mlp_speculator",
         write,
         "the layout of the MLP speculator in fms-extras, with every step's tensors. The target is named in `provenance.json`",
-        Foreign("the MLP speculator's", holds, read),
+        LayoutReader("the MLP speculator's", holds, read),
     ),
 )

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from draftsmith.export.layouts.layout import Foreign, Layout
+from draftsmith.export.layouts.layout import Layout, LayoutReader
 from draftsmith.export.layouts.readback import refuse_difference, tensors_of
 from draftsmith.models.drafters.drafter_reader import assemble, module_table
 from draftsmith.models.families.eagle_config import layer_fields
@@ -336,7 +336,7 @@ LAYOUTS = (
         write,
         "the MTP layer under the names of its target's checkpoint. Embedding and head are the target's. The target is named in "
         "`provenance.json`",
-        Foreign("a target's", holds, read, in_target),
+        LayoutReader("a target's", holds, read, in_target),
         whole_vocabulary=True,
     ),
 )

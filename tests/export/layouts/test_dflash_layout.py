@@ -21,7 +21,8 @@ from draftsmith.export.layouts.block import speculators
 from draftsmith.export.layouts.layouts import load_any, write
 from draftsmith.export.layouts.readback import tensors_of
 from draftsmith.models import DraftLimits, Target
-from draftsmith.models.drafters.drafter_folder import TargetBond, load_drafter
+from draftsmith.models.drafters.drafter_folder import load_drafter
+from draftsmith.models.drafters.other_layouts import TargetBond
 from draftsmith.models.families.block import BlockDrafter
 
 STEPS, MASK = 3, 63

@@ -19,7 +19,8 @@ from draftsmith.evaluate.doctor.serving import trained_logits
 from draftsmith.export.layouts.layouts import load_any, write
 from draftsmith.export.layouts.readback import tensors_of
 from draftsmith.models import Target
-from draftsmith.models.drafters.drafter_folder import TargetBond, load_drafter
+from draftsmith.models.drafters.drafter_folder import load_drafter
+from draftsmith.models.drafters.other_layouts import TargetBond
 from draftsmith.models.families.heads import HeadsDrafter, HeadsFamily
 from draftsmith.models.target.target import PRE_NORM
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from draftsmith.export.contents import contents_of
 from draftsmith.export.layouts.layouts import load_any, write
 from draftsmith.models import Drafter, Eagle3, Target
-from draftsmith.models.drafters.drafter_folder import TargetBond, load_drafter
+from draftsmith.models.drafters.drafter_folder import load_drafter
+from draftsmith.models.drafters.other_layouts import TargetBond
 from draftsmith.models.families.block import BlockDrafter
 from draftsmith.models.families.heads import HeadsDrafter
 from draftsmith.models.families.riders.chimera import Chimera

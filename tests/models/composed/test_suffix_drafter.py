@@ -18,7 +18,8 @@ from draftsmith.decode.runners import CompiledRunner
 from draftsmith.decode.verify.lossy_rules import Divergence
 from draftsmith.models import DraftLimits, Target
 from draftsmith.models.composed.suffix_drafter import SuffixConfig, SuffixDrafter
-from draftsmith.models.drafters.drafter_folder import TargetBond, drafter_fingerprint, drafter_folder, load_drafter
+from draftsmith.models.drafters.drafter_folder import drafter_fingerprint, drafter_folder, load_drafter
+from draftsmith.models.drafters.other_layouts import TargetBond
 from draftsmith.models.tree.shapes import parse_shape
 from draftsmith.models.tree.tree import DraftTree
 

@@ -263,9 +263,9 @@ def test_the_own_layout_is_read_back(run: Run, target: Target, drafter: Parallel
 
 def test_a_layout_of_another_family_is_refused(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     foreign = next(family for family in all_families() if family.layouts)
-    from draftsmith.export.layouts.layouts import foreign_layouts
+    from draftsmith.export.layouts.layouts import other_software_layouts
 
-    layout = foreign_layouts(foreign)[0].name
+    layout = other_software_layouts(foreign)[0].name
     assert main(["export", "--drafter", str(run.drafter), "--out", str(tmp_path / "out"), "--layout", layout]) == 1
     assert f"is for {foreign.about.title}, this drafter is Medusa" in capsys.readouterr().err
 

@@ -11,8 +11,9 @@ from training import KeepLosses, MakeCache, make_module, make_trainer
 
 from draftsmith.cli import main
 from draftsmith.models import Drafter, DrafterFamily, MtpHead, TargetEnds
-from draftsmith.models.drafters.drafter_folder import TargetBond, load_drafter
+from draftsmith.models.drafters.drafter_folder import load_drafter
 from draftsmith.models.drafters.lora import LoraSettings, read_bond
+from draftsmith.models.drafters.other_layouts import TargetBond
 from draftsmith.models.families.riders.chimera import ChimeraFamily
 from draftsmith.models.families.riders.mtp import MtpFamily
 from draftsmith.train.batches.data_module import CacheDataModule

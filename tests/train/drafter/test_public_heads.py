@@ -10,7 +10,8 @@ from training import MakeCache, make_module, make_trainer
 
 from draftsmith.cli import main
 from draftsmith.models import Eagle, Eagle3
-from draftsmith.models.drafters.drafter_folder import TargetBond, load_drafter
+from draftsmith.models.drafters.drafter_folder import load_drafter
+from draftsmith.models.drafters.other_layouts import TargetBond
 from draftsmith.models.families.eagle import EagleFamily
 from draftsmith.models.families.eagle3 import Eagle3Family
 from draftsmith.models.lora.lora_adapter import LoraSettings, read_bond

@@ -28,7 +28,8 @@ from draftsmith.models import (
     Target,
     TargetEnds,
 )
-from draftsmith.models.drafters.drafter_folder import TargetBond, load_drafter
+from draftsmith.models.drafters.drafter_folder import load_drafter
+from draftsmith.models.drafters.other_layouts import TargetBond
 from draftsmith.models.families.riders.mtp import MtpFamily
 from draftsmith.models.files.fingerprint import checkpoint_fingerprint
 

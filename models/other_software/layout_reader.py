@@ -19,7 +19,7 @@ Reader = Callable[[Mapping[str, Any], Mapping[str, Tensor], "TargetEnds | None",
 
 
 @dataclass(frozen=True)
-class Foreign:
+class LayoutReader:
     """How a layout of other software is recognised and read.
 
     Attributes:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from draftsmith.models.foreign.named_kinds import named_kind
+from draftsmith.models.other_software.named_kinds import named_kind
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from public_heads import DRAFTED, LAYERS, READ, dflash, normed_residual, officia
 from safetensors.torch import load_file, save_file
 
 from draftsmith.models import Drafter, Eagle3, TargetEnds
-from draftsmith.models.drafters.drafter_folder import TargetBond, load_drafter
+from draftsmith.models.drafters.drafter_folder import load_drafter
+from draftsmith.models.drafters.other_layouts import TargetBond
 from draftsmith.models.drafters.registry import family_of
 
 

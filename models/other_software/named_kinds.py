@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from draftsmith.models.foreign.speculators_config import SPECULATORS_KEY
+from draftsmith.models.other_software.speculators_config import SPECULATORS_KEY
 
 
 @dataclass(frozen=True)
