@@ -27,6 +27,7 @@ import torch
 from benchmarks.drafters.families import embedded_prompts, own_replies, write_rows
 from benchmarks.drafters.families_plan import REPLY_TOKENS, Bench
 from benchmarks.drafters.recipes import QUIET, RECIPES, Recipe
+from benchmarks.machine import machine_section
 from draftsmith import provenance
 from draftsmith.data.cache.extract import StorageOptions, extract
 from draftsmith.data.cache.reader import HiddenStateCache
@@ -208,9 +209,7 @@ def page(options: argparse.Namespace, work: Path) -> Iterator[str]:
             line for family in FAMILIES for line in family_rows(family, name, target, caches, prompts, scale, work)
         )
     )
-    record = provenance.record(provenance.command_line(), {}, {})
-    facts = [f"- {key}: {value}" for part in (record["machine"], record["versions"]) for key, value in part.items()]
-    yield "## The machine\n\n" + "\n".join(facts)
+    yield machine_section()
 
 
 def family_rows(

@@ -9,8 +9,6 @@ first use, which compiles, is timed apart. The tokens must be the same.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import shlex
 import sys
 import time
@@ -19,8 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
+from benchmarks.machine import machine_line
 from draftsmith.decode import Engine, GenerationSettings
 from draftsmith.models import Target, load_tokenizer
 from draftsmith.models.drafters.drafter_folder import load_drafter
@@ -91,8 +88,7 @@ def report(options: argparse.Namespace) -> Iterator[str]:
     yield f"`{shlex.join(['python', '-m', 'benchmarks.decode.compiled', *options.words])}`"
     yield ""
     yield (
-        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"{platform.processor() or platform.machine()}. "
+        f"{machine_line()}. "
         f"{options.tokens} tokens of one prompt, float32; the fastest of {options.rounds} rounds, ways in turns."
     )
     yield ""

@@ -10,7 +10,6 @@ what inductor makes of one layer of a Llama model in a plain step and in a verif
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import shlex
 import sys
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.machine import machine_line
 from draftsmith.decode import Engine, GenerationSettings
 from draftsmith.decode.cycle import DecodeCycle
 from draftsmith.decode.runners import CompiledRunner
@@ -216,7 +216,7 @@ def report(options: argparse.Namespace) -> Iterator[str]:
     """The page, line by line."""
     yield f"`{shlex.join(['python', '-m', 'benchmarks.decode.graphs', *options.words])}`"
     yield ""
-    yield f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, float32, two rows; random weights."
+    yield f"{machine_line()}, float32, two rows; random weights."
     rows = {"graphs": graph_rows, "shapes": shape_rows, "kernels": kernel_rows}
     for section in SECTIONS:
         if section in options.sections:

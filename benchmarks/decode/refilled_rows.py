@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import heapq
 import os
-import platform
 import shlex
 import statistics
 import sys
@@ -26,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.machine import machine_line
 from draftsmith.data.prompts import Prompt
 from draftsmith.data.replies.reply_plan import BatchOptions, Plan, make_plan
 from draftsmith.data.replies.reply_settings import reply_settings
@@ -204,10 +204,7 @@ def report(options: argparse.Namespace) -> Iterator[str]:
     """The page, line by line, as it is measured."""
     yield f"`python -m benchmarks.decode.refilled_rows {shlex.join(options.given)}`"
     yield ""
-    yield (
-        f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, float32; load at the "
-        f"start {os.getloadavg()[0]:.1f}."
-    )
+    yield f"{machine_line()}, float32; load at the start {os.getloadavg()[0]:.1f}."
     if options.data is not None:
         yield ""
         yield "| replies of chat-6m | rows | cycles in fixed batches (busy) | in refilled rows (busy) | ratio |"

@@ -18,7 +18,6 @@ import argparse
 import itertools
 import math
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +28,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.machine import machine_line
 from draftsmith.decode import Engine, GenerationSettings
 from draftsmith.decode.batch import Batch
 from draftsmith.decode.decode_command import prompt_ids
@@ -213,10 +213,10 @@ def milliseconds(rounds: int) -> Iterator[tuple[int, int, dict[str, float]]]:
 
 def report(arguments: argparse.Namespace) -> Iterator[str]:
     """The page, line by line, as it is measured."""
-    cores, load = os.cpu_count(), os.getloadavg()[0]
+    load = os.getloadavg()[0]
     yield f"`python -m benchmarks.decode.sampling_noise --tokens {arguments.tokens} --dtypes {','.join(arguments.dtypes)}`"
     yield ""
-    yield f"{platform.processor() or platform.machine()}, {cores} cores, torch {torch.__version__}; load at the start {load:.1f}."
+    yield f"{machine_line()}; load at the start {load:.1f}."
     yield ""
     yield "Tokens in 1,000 that rounding changes at T = 1, and replies that it did change (drawn with noise by token):"
     yield ""

@@ -22,6 +22,7 @@ from typing import Any
 
 from benchmarks.drafters.counting import Counted, KeptCounts, count
 from benchmarks.drafters.recipes import ALL_RECIPES, train
+from benchmarks.machine import machine_section
 from draftsmith import provenance
 from draftsmith.decode.engine import Engine
 from draftsmith.files import atomic_write, read_jsonl
@@ -107,7 +108,7 @@ def main() -> int:
     )
     for family, of_family in drafters.items():
         page += [f"## Losses: {family}", "\n".join(loss_table(counts, of_family))]
-    atomic_write(options.work / "page.md", "\n\n".join(page) + "\n")
+    atomic_write(options.work / "page.md", "\n\n".join([*page, machine_section()]) + "\n")
     print(options.work / "page.md")
     return 0
 

@@ -30,6 +30,7 @@ import torch
 
 from benchmarks.drafters.families_plan import DEFAULT, DRAWN, FULL, REPLY_TOKENS, Bench, Entry, fitted, jobs
 from benchmarks.drafters.recipes import Trained, train
+from benchmarks.machine import machine_section
 from draftsmith import provenance
 from draftsmith.data.cache.extract import StorageOptions, extract
 from draftsmith.data.cache.reader import HiddenStateCache
@@ -392,8 +393,7 @@ def plan_table(benches: list[Bench], options: argparse.Namespace) -> str:
 def publish(page: list[str], by_target: dict[str, Tables], options: argparse.Namespace) -> None:
     """Write what there is so far: the page, the rows, the table of docs/results.md."""
     record = provenance.record(provenance.command_line(), {}, {})
-    facts = [f"- {key}: {value}" for part in (record["machine"], record["versions"]) for key, value in part.items()]
-    atomic_write(options.out / f"{options.name}.md", "\n\n".join([*page, "## The machine", "\n".join(facts)]) + "\n")
+    atomic_write(options.out / f"{options.name}.md", "\n\n".join([*page, machine_section()]) + "\n")
     report = {key: record[key] for key in ("command", "machine", "versions")}
     report["rows"] = [row for tables in by_target.values() for rows in tables.values() for row in rows]
     for path in (options.out / f"{options.name}.json", options.out / "report.json"):

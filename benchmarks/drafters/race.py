@@ -23,6 +23,7 @@ from pathlib import Path
 
 from benchmarks.drafters.counting import Counted, KeptCounts, count, paired_ratio
 from benchmarks.drafters.recipes import ALL_RECIPES, Trained, train
+from benchmarks.machine import machine_section
 from draftsmith import provenance
 from draftsmith.data.cache.extract import StorageOptions, extract
 from draftsmith.data.prompts import PromptSelection
@@ -205,9 +206,7 @@ def main() -> int:
     page += ["## What the papers say", "\n".join(claim_table(race, names))]
     page += ["## Tokens per step at temperature 1", "\n".join(count_table(race, names, 1.0))]
     page += ["## Speed", "\n".join(time_table(race, names))]
-    record = provenance.record(provenance.command_line(), {}, {})
-    facts = [f"- {key}: {value}" for part in (record["machine"], record["versions"]) for key, value in part.items()]
-    atomic_write(options.work / "page.md", "\n\n".join([*page, "## The machine", "\n".join(facts)]) + "\n")
+    atomic_write(options.work / "page.md", "\n\n".join([*page, machine_section()]) + "\n")
     print(options.work / "page.md")
     return 0
 

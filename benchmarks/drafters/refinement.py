@@ -20,7 +20,6 @@ number.
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 import time
@@ -34,6 +33,7 @@ from torch import Tensor
 
 from benchmarks.drafters.refinement_training import Plan, made
 from benchmarks.learning.replay import drafts_of
+from benchmarks.machine import machine_line
 from draftsmith.data.cache.reader import HiddenStateCache
 from draftsmith.data.shards.packing import pack
 from draftsmith.data.shards.shards import CachedSample
@@ -283,7 +283,7 @@ def report(options: argparse.Namespace) -> Iterator[str]:
     """The page, line by line."""
     yield f"`{shlex.join(['python', '-m', 'benchmarks.drafters.refinement', *options.words])}`"
     yield ""
-    yield f"{os.cpu_count()} cores, {torch.get_num_threads()} thread, torch {torch.__version__}, float32."
+    yield f"{machine_line()}, float32."
     yield ""
     yield from one_table(options) if options.rows else tables_of_heads(options)
 

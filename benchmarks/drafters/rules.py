@@ -18,6 +18,7 @@ from datetime import date
 from pathlib import Path
 
 from benchmarks.drafters.counting import Counted, KeptCounts, count, paired_ratio
+from benchmarks.machine import machine_section
 from draftsmith import provenance
 from draftsmith.decode.engine import Engine
 from draftsmith.evaluate.drafters import parse_entries
@@ -91,9 +92,7 @@ def main() -> int:
         for temperature in options.temperatures:
             page.append(f"## {entry.name}, T = {temperature:g}")
             page.append("\n".join(rules.table(entry.name, drafter, temperature)))
-    record = provenance.record(provenance.command_line(), {}, {})
-    facts = [f"- {key}: {value}" for part in (record["machine"], record["versions"]) for key, value in part.items()]
-    atomic_write(options.work / "page.md", "\n\n".join([*page, "## The machine", "\n".join(facts)]) + "\n")
+    atomic_write(options.work / "page.md", "\n\n".join([*page, machine_section()]) + "\n")
     print(options.work / "page.md")
     return 0
 

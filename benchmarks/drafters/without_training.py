@@ -10,15 +10,13 @@ FILE is JSONL with `category` and `turns`, as Spec-Bench is; the first turn is a
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
-
+from benchmarks.machine import machine_line
 from draftsmith.decode import Engine, GenerationSettings
 from draftsmith.evaluate.drafters import parse_entries
 from draftsmith.evaluate.strata.acceptance import tokens_per_step, tokens_per_step_interval
@@ -60,7 +58,7 @@ def report(options: argparse.Namespace) -> Iterator[str]:
     categories = list(dict.fromkeys(row["category"] for row in rows))
     counts = ", ".join(f"{sum(row['category'] == name for row in rows)} of {name}" for name in categories)
     yield (
-        f"{os.cpu_count()} cores, {torch.get_num_threads()} thread, torch {torch.__version__}, float32. Prompts: {counts}, at most "
+        f"{machine_line()}, float32. Prompts: {counts}, at most "
         f"{max(map(len, prompts))} tokens; {options.max_new_tokens} new tokens, greedy."
     )
     yield ""

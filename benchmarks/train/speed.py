@@ -35,6 +35,7 @@ from benchmarks.data.hidden_state_cache import bare_forward
 from benchmarks.drafters.families import make_rows
 from benchmarks.drafters.families_plan import Bench
 from benchmarks.drafters.recipes import QUIET, RECIPES
+from benchmarks.machine import machine_section
 from benchmarks.train.cost import LLAMA_3_8B, LLAMA_3_70B, Cluster, DrafterPlan, TargetShape, bill
 from benchmarks.train.pairs import pair_rows
 from benchmarks.train.products import Recorder, Replay
@@ -337,8 +338,7 @@ def page(record: dict[str, Any], rows: list[dict[str, Any]], load: float) -> str
         + "\n\nSeconds of the model are its operations at the rate of a 1,024-square product on this machine: the share of that rate that "
         "a step reaches."
     )
-    facts = [f"- {key}: {value}" for part in (record["machine"], record["versions"]) for key, value in part.items()]
-    return "\n\n".join([*lines, "## The machine", "\n".join(facts)]) + "\n"
+    return "\n\n".join([*lines, machine_section()]) + "\n"
 
 
 def memory_section(rows: list[dict[str, Any]]) -> str:
