@@ -1,7 +1,7 @@
 """Tokenized samples from any file this project writes or reads: replies with token ids, conversations, documents.
 
 Owns: which kind a row is, how it becomes a sample, and where each sample lies in its file. Does not know: which fields hold
-token ids (`token_rows.py`), caches, targets, how processes share the work (`shared_survey.py`).
+token ids (`rows_of_ids.py`), caches, targets, how processes share the work (`shared_survey.py`).
 """
 
 import functools
@@ -14,16 +14,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from draftsmith.data.chat_template import ChatTemplate, TokenizedSample, cut, no_labels, samples_from_turns
 from draftsmith.data.chats.modes import modes_of_sample
 from draftsmith.data.chats.reply_marks import ReplyMarks
+from draftsmith.data.chats.token_kinds import EVERYTHING, KindCounts, TrainedOn
 from draftsmith.data.chats.tool_calls import read_tools
-from draftsmith.data.chats.trained import EVERYTHING, KindCounts, TrainedOn
+from draftsmith.data.corpus_survey import COLUMNS, IDS_AS_GENERATED, Survey, begun_anew
 from draftsmith.data.formats import Conversation, Message, UnusableRow, detect_format, row_id, to_conversation
 from draftsmith.data.progress import progress
 from draftsmith.data.prompts import PROMPT_FILE, say_dropped
-from draftsmith.data.survey import COLUMNS, IDS_AS_GENERATED, Survey, begun_anew
-from draftsmith.data.token_rows import sample_of_ids, turns_begun_anew, turns_of
-from draftsmith.data.tokens import ChatTemplate, TokenizedSample, cut, no_labels, samples_from_turns
+from draftsmith.data.rows_of_ids import sample_of_ids, turns_begun_anew, turns_of
 from draftsmith.escapes import one_line
 from draftsmith.files import sha256_file
 from draftsmith.json_rows import Dropped, check_lines, check_values, is_blank, parse_object, shown, summary

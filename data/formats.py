@@ -11,9 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from draftsmith.data.benchmark_fields import PLACEHOLDER, is_question
-from draftsmith.data.chats.beside import tools_and_variables, unwanted, with_system, without_tools
 from draftsmith.data.chats.gemini import flat_gemini, is_gemini
-from draftsmith.data.chats.logs import flat_log, is_log
 from draftsmith.data.chats.media import place_media
 from draftsmith.data.chats.messages import (
     Message,
@@ -23,10 +21,12 @@ from draftsmith.data.chats.messages import (
     listed,
     read_turns,
 )
-from draftsmith.data.chats.other_rows import check_whole, thought_beside, turns_of_pairs, usual
 from draftsmith.data.chats.responses_api import flat_responses, is_responses, parameters_of_items
+from draftsmith.data.chats.server_logs import flat_log, is_log
 from draftsmith.data.chats.spellings import ROLE_FIELDS
+from draftsmith.data.chats.system_and_tools import tools_and_variables, unwanted, with_system, without_tools
 from draftsmith.data.chats.tool_calls import says_nothing, without_fillers
+from draftsmith.data.chats.unusual_rows import check_whole, thought_beside, turns_of_pairs, usual
 from draftsmith.json_rows import UnusableRow
 
 __all__ = ["Conversation", "Format", "Message", "UnusableRow", "detect_format", "row_id", "to_conversation"]

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from transformers import PreTrainedTokenizerBase
 
 from draftsmith.data.between_turns import check_turns
+from draftsmith.data.chat_template import ChatTemplate
 from draftsmith.data.prompts import Prompt
-from draftsmith.data.tokens import ChatTemplate
 from draftsmith.models.target.prompt_template import NO_OPTIONS, NO_TEMPLATE, TemplateOptions
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from draftsmith.data.benchmark_fields import benchmark_fields, is_question
+from draftsmith.data.chat_template import ChatTemplate
 from draftsmith.data.chats.modes import modes
 from draftsmith.data.chats.reply_marks import ReplyMarks, marks_of
 from draftsmith.data.chats.tool_calls import read_tools
@@ -20,8 +21,7 @@ from draftsmith.data.prompt_ids import chat_for, check_prompt, first_prompt_ids
 from draftsmith.data.prompts import PROMPT_FILE, Prompt, PromptSelection, read_prompts, read_question_set, say_dropped
 from draftsmith.data.replies.dialogues import Dialogue
 from draftsmith.data.replies.reply_sources import Reply
-from draftsmith.data.token_rows import token_ids
-from draftsmith.data.tokens import ChatTemplate
+from draftsmith.data.rows_of_ids import token_ids
 from draftsmith.escapes import visible
 from draftsmith.evaluate.records import Sample
 from draftsmith.files import read_jsonl

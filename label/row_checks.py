@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from draftsmith.data.tokens import ChatTemplate
+from draftsmith.data.chat_template import ChatTemplate
 from draftsmith.label.schema import Answer, Label, Span
 from draftsmith.label.token_labels import tokenize
 

@@ -15,10 +15,10 @@ import torch
 
 from draftsmith.data.cache.extract import HiddenStateCache, StorageOptions, extract
 from draftsmith.data.cache.features import features, length_batches, padded_ids
+from draftsmith.data.chat_template import ChatTemplate, TokenizedSample
 from draftsmith.data.corpus import Corpus
 from draftsmith.data.shards.packing import packed_batches
 from draftsmith.data.shards.shards import write_shard
-from draftsmith.data.tokens import ChatTemplate, TokenizedSample
 from draftsmith.models.files.loading import load_tokenizer
 from draftsmith.models.target.options import PlacementOptions
 from draftsmith.models.target.target import Target

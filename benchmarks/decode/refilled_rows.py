@@ -26,10 +26,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.machine import machine_line
+from draftsmith.data.chat_template import ChatTemplate
 from draftsmith.data.prompts import Prompt
 from draftsmith.data.replies.reply_plan import BatchOptions, Plan, make_plan
 from draftsmith.data.replies.reply_settings import reply_settings
-from draftsmith.data.tokens import ChatTemplate
 from draftsmith.decode import Engine, Generation, GenerationSettings
 from draftsmith.decode.batch import busy_share
 from draftsmith.decode.sampling import ReplyOptions

@@ -17,7 +17,7 @@ from pytorch_lightning.utilities.types import STEP_OUTPUT
 
 from benchmarks.drafters.recipes import ALL_RECIPES, PILOT_STEPS, QUIET, Counter, train
 from draftsmith.data.cache.extract import StorageOptions, extract
-from draftsmith.data.replies.ngrams import ngrams
+from draftsmith.data.replies.ngrams_command import ngrams
 from draftsmith.files import atomic_write
 from draftsmith.models.families.block import default_layers
 from draftsmith.models.target.target import PRE_NORM, TargetEnds

@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from draftsmith import embedded, provenance
-from draftsmith.data.tokens import ChatTemplate
+from draftsmith.data.chat_template import ChatTemplate
 from draftsmith.label.mine.answers import answer_parser
 from draftsmith.label.mine.many_questions import Miner
 from draftsmith.label.mine.plain import mine_plain

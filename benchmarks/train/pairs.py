@@ -31,8 +31,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hoo
 from benchmarks.drafters.recipes import QUIET, RECIPES
 from draftsmith.data.cache.extract import HiddenStateCache
 from draftsmith.data.cache.features import features
+from draftsmith.data.chat_template import ChatTemplate
 from draftsmith.data.corpus import Corpus
-from draftsmith.data.tokens import ChatTemplate
 from draftsmith.models.files.loading import load_tokenizer
 from draftsmith.models.target.target import Target
 from draftsmith.train.batches.data_module import CacheDataModule

@@ -43,9 +43,9 @@ from benchmarks.train.step_clock import PhaseProfiler, Round, StepClock
 from draftsmith import provenance
 from draftsmith.data.cache.extract import HiddenStateCache, StorageOptions, extract
 from draftsmith.data.cache.features import features
+from draftsmith.data.chat_template import ChatTemplate
 from draftsmith.data.corpus import Corpus
 from draftsmith.data.shards.shards import write_shard
-from draftsmith.data.tokens import ChatTemplate
 from draftsmith.files import atomic_write, read_jsonl
 from draftsmith.label.token_rows import LabelledRow, write_rows
 from draftsmith.models.drafters.rollout import PackedBatch

@@ -28,9 +28,9 @@ import safetensors
 import torch
 from torch import Tensor
 
+from draftsmith.data.chat_template import TokenizedSample
 from draftsmith.data.progress import progress
 from draftsmith.data.replies.http_json import JsonClient, RetryableError
-from draftsmith.data.tokens import TokenizedSample
 from draftsmith.models.target.target import PRE_NORM, TargetEnds
 
 _TOKENS, _STATES, _SCALES = "token_ids", "hidden_states", "hidden_states_scales"

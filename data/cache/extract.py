@@ -28,16 +28,16 @@ from draftsmith.data.cache.sharded_extraction import Features, follow, leading, 
 from draftsmith.data.cache.shared_survey import shared_survey
 from draftsmith.data.cache.show import assistant_tokens
 from draftsmith.data.cache.verify_cache import compare, verify
-from draftsmith.data.chats.trained import EVERYTHING, TrainedOn
+from draftsmith.data.chat_template import chat_of
+from draftsmith.data.chats.token_kinds import EVERYTHING, TrainedOn
 from draftsmith.data.corpus import Corpus
+from draftsmith.data.corpus_survey import Survey, begun_anew
 from draftsmith.data.progress import progress
 from draftsmith.data.shards.eight_bit import stored_dtype
 from draftsmith.data.shards.manifest import CacheIdentity, Manifest
 from draftsmith.data.shards.packing import plan_batches
 from draftsmith.data.shards.shards import CachedSample, bytes_per_token
 from draftsmith.data.shared_work import OWN_SHARE, Share, ShareOptions
-from draftsmith.data.survey import Survey, begun_anew
-from draftsmith.data.tokens import chat_of
 from draftsmith.files import exclusive
 from draftsmith.json_rows import summary
 from draftsmith.models.files.device_and_dtype import AUTO, as_dtype

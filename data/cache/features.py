@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from draftsmith.data.cache.engine_states import StatesSource
+from draftsmith.data.chat_template import TokenizedSample
 from draftsmith.data.shards.eight_bit import CODES, quantise, stored_dtype
 from draftsmith.data.shards.manifest import CacheIdentity
 from draftsmith.data.shards.shards import ShardContent
-from draftsmith.data.tokens import TokenizedSample
 from draftsmith.decode.greedy_continuations import greedy_continuations
 from draftsmith.models.target.target import Target, TargetEnds
 

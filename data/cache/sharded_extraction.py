@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, distributed
 
 from draftsmith.data.cache.features import features
+from draftsmith.data.chat_template import TokenizedSample
 from draftsmith.data.shards.manifest import CacheIdentity
 from draftsmith.data.shards.shards import ShardContent
-from draftsmith.data.tokens import TokenizedSample
 from draftsmith.models.target.target import Target
 
 # The others wait in a broadcast while the first process surveys a corpus or hashes what is there of a cache, for hours where

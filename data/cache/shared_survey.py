@@ -14,9 +14,9 @@ import safetensors.torch
 import torch
 
 from draftsmith.data.corpus import Corpus
+from draftsmith.data.corpus_survey import Survey
 from draftsmith.data.progress import metered
 from draftsmith.data.shared_work import Share, if_free
-from draftsmith.data.survey import Survey
 from draftsmith.files import atomic_write
 from draftsmith.json_rows import Dropped
 

@@ -15,11 +15,11 @@ from transformers import PreTrainedTokenizerBase
 
 from draftsmith.arguments import FLAT
 from draftsmith.data.cache.reader import HiddenStateCache
+from draftsmith.data.chat_template import TokenizedSample, chat_of
 from draftsmith.data.chats.modes import MODES
-from draftsmith.data.chats.trained import EVERYTHING, KindCounts, TrainedOn
+from draftsmith.data.chats.token_kinds import EVERYTHING, KindCounts, TrainedOn
 from draftsmith.data.corpus import Corpus
 from draftsmith.data.shards.manifest import MANIFEST_FILE, Manifest
-from draftsmith.data.tokens import TokenizedSample, chat_of
 from draftsmith.escapes import visible
 from draftsmith.json_rows import Dropped, summary
 from draftsmith.models.target.options import OWN_FILES, TokenizerOptions

@@ -17,8 +17,8 @@ import torch
 from draftsmith.arguments import FLAT
 from draftsmith.data.cache.features import features, num_embeddings
 from draftsmith.data.cache.reader import Check, HiddenStateCache
+from draftsmith.data.chat_template import TokenizedSample
 from draftsmith.data.shards.eight_bit import CODES, LARGEST_ERROR, stored_dtype
-from draftsmith.data.tokens import TokenizedSample
 from draftsmith.escapes import visible
 from draftsmith.models.target.options import PlacementOptions
 from draftsmith.models.target.target import Target

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NotRequired, TypedDict, TypeGuard
 
-from draftsmith.data.chats.blocks import spread, thought_text
+from draftsmith.data.chats.content_blocks import spread, thought_text
 from draftsmith.data.chats.spellings import (
     CONTENT_FIELDS,
     ROLE_FIELDS,

@@ -5,8 +5,8 @@ Owns: the names of modes, and which ones a sample or a prompt is in. Does not kn
 
 from collections.abc import Sequence
 
-from draftsmith.data.chats.samples import TokenizedSample
-from draftsmith.data.chats.trained import Kind
+from draftsmith.data.chats.token_kinds import Kind
+from draftsmith.data.chats.tokenized_samples import TokenizedSample
 
 THINKING, NOT_THINKING, TOOLS, LONG = "thinking", "not thinking", "tools", "long"
 MODES = (THINKING, NOT_THINKING, TOOLS, LONG)

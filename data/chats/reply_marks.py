@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from draftsmith.data.chats.trained import Kind
+from draftsmith.data.chats.token_kinds import Kind
 from draftsmith.models.target.prompt_template import NO_OPTIONS, NO_TEMPLATE, PromptTemplate, TemplateOptions
 from draftsmith.models.target.template_fields import PROBE, TemplateRefusal
 

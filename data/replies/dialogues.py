@@ -15,6 +15,7 @@ from typing import Any
 
 from draftsmith.data.benchmark_fields import benchmark_fields
 from draftsmith.data.between_turns import History, replaces_reply
+from draftsmith.data.chat_template import ChatTemplate, Turn
 from draftsmith.data.chats.messages import as_row
 from draftsmith.data.chats.modes import MODES, modes_of_reply
 from draftsmith.data.formats import Message
@@ -30,8 +31,7 @@ from draftsmith.data.replies.reply_sources import (
     ResponseEngine,
     Unanswered,
 )
-from draftsmith.data.replies.source_settings import settle
-from draftsmith.data.tokens import ChatTemplate, Turn
+from draftsmith.data.replies.vllm_sampling import settle
 from draftsmith.decode.sampling import GenerationSettings
 
 

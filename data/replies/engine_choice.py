@@ -16,7 +16,7 @@ from draftsmith.data.replies.reply_files import loaded_here
 from draftsmith.data.replies.reply_plan import SMALL_BATCHES, BatchOptions
 from draftsmith.data.replies.reply_sources import BundledEngine, IndependentEngine, ResponseEngine
 from draftsmith.data.replies.server_source import NO_SERVER, ServerEngine, ServerOptions
-from draftsmith.data.replies.source_settings import check_settings
+from draftsmith.data.replies.vllm_sampling import check_settings
 from draftsmith.data.replies.vllm_source import ONE_GPU, VllmEngine, VllmOptions
 from draftsmith.decode.runners import Compile
 from draftsmith.decode.sampling import GenerationSettings

@@ -15,12 +15,12 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from draftsmith import provenance
+from draftsmith.data.chat_template import ChatTemplate
 from draftsmith.data.progress import progress
 from draftsmith.data.replies.dialogues import Failure, answer_batch, answer_in_stretches, answer_independently
 from draftsmith.data.replies.reply_plan import Plan
 from draftsmith.data.replies.reply_sources import IndependentEngine, RefillingEngine, ResponseEngine
 from draftsmith.data.shared_work import Share, in_turn
-from draftsmith.data.tokens import ChatTemplate
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.files import JsonlAppender, atomic_write, exclusive
 from draftsmith.json_rows import dropped_lines

@@ -9,9 +9,9 @@ from array import array
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 
+from draftsmith.data.chat_template import ChatTemplate
 from draftsmith.data.prompt_ids import check_prompt, first_prompt_ids
 from draftsmith.data.prompts import Prompt
-from draftsmith.data.tokens import ChatTemplate
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.json_rows import Dropped
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from draftsmith import provenance
-from draftsmith.data.chats.trained import TrainedOn
+from draftsmith.data.chat_template import chat_of
+from draftsmith.data.chats.token_kinds import TrainedOn
 from draftsmith.data.corpus import Corpus
-from draftsmith.data.tokens import chat_of
 from draftsmith.files import atomic_directory
 from draftsmith.json_rows import Dropped
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint

@@ -14,6 +14,8 @@ from typing import Annotated, Any
 
 from draftsmith import provenance
 from draftsmith.arguments import FLAT
+from draftsmith.data.chat_template import ChatTemplate
+from draftsmith.data.corpus_survey import begun_anew
 from draftsmith.data.prompt_ids import chat_for
 from draftsmith.data.prompts import ALL_PROMPTS, Prompt, PromptSelection, read_prompts
 from draftsmith.data.replies.engine_choice import EngineChoice, EngineName
@@ -23,8 +25,6 @@ from draftsmith.data.replies.reply_settings import MODELS_OWN, Overrides, reply_
 from draftsmith.data.replies.server_source import NO_SERVER, ServerOptions
 from draftsmith.data.replies.vllm_source import ONE_GPU, VllmOptions
 from draftsmith.data.shared_work import OWN_SHARE, Share, ShareOptions
-from draftsmith.data.survey import begun_anew
-from draftsmith.data.tokens import ChatTemplate
 from draftsmith.decode.decode_command import NO_STOP_STRINGS, EndingOptions
 from draftsmith.decode.runners import Compile
 from draftsmith.decode.sampling import GenerationSettings, ReplyOptions

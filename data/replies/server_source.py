@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 
 from draftsmith.data.replies.http_json import JsonClient, RetryableError
 from draftsmith.data.replies.reply_sources import BadReply, RawReply, Unanswered
-from draftsmith.data.replies.source_settings import sampling
+from draftsmith.data.replies.vllm_sampling import sampling
 from draftsmith.decode.sampling import GenerationSettings
 
 

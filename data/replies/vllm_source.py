@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from draftsmith.data.replies.reply_sources import RawReply, Reply
-from draftsmith.data.replies.source_settings import check_settings, sampling, settle
+from draftsmith.data.replies.vllm_sampling import check_settings, sampling, settle
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.extras import install_command
 from draftsmith.models.files.model_folder import resolve

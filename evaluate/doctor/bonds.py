@@ -5,7 +5,7 @@ Owns the checks `fingerprints`, `draft-length`, `temperature`, `score-scale` and
 
 from __future__ import annotations
 
-from draftsmith.data.survey import IDS_AS_GENERATED
+from draftsmith.data.corpus_survey import IDS_AS_GENERATED
 from draftsmith.evaluate.doctor.case import Case, NotChecked, names_target
 from draftsmith.evaluate.doctor.report import Finding, Verdict
 from draftsmith.models.drafters.draft_lm import LMDrafter

@@ -17,10 +17,10 @@ from transformers import PreTrainedTokenizerBase
 from draftsmith import provenance
 from draftsmith.arguments import FLAT, suggestion
 from draftsmith.data.cache.reader import HiddenStateCache
+from draftsmith.data.chat_template import ChatTemplate
 from draftsmith.data.corpus import Corpus
 from draftsmith.data.progress import metered, progress
 from draftsmith.data.prompts import PROMPT_FILE, PromptSelection
-from draftsmith.data.tokens import ChatTemplate
 from draftsmith.evaluate.doctor.acceptance import check_acceptance
 from draftsmith.evaluate.doctor.alignment import check_settings, check_shifts, check_steps
 from draftsmith.evaluate.doctor.bonds import (

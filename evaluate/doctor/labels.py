@@ -14,9 +14,9 @@ from rich.text import Text
 from torch import Tensor
 
 from draftsmith.data.cache.show import render
+from draftsmith.data.chat_template import TokenizedSample
+from draftsmith.data.corpus_survey import IDS_AS_GENERATED
 from draftsmith.data.shards.shards import CachedSample
-from draftsmith.data.survey import IDS_AS_GENERATED
-from draftsmith.data.tokens import TokenizedSample
 from draftsmith.evaluate.doctor.case import MAX_TOKENS, Case, NotChecked
 from draftsmith.evaluate.doctor.report import Finding
 from draftsmith.evaluate.strata.acceptance import is_looping

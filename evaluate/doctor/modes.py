@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from draftsmith.data.chats.modes import LONG, MODES, NOT_THINKING, THINKING, TOOLS
 from draftsmith.data.chats.reply_marks import marks_of
-from draftsmith.data.survey import IDS_AS_GENERATED
+from draftsmith.data.corpus_survey import IDS_AS_GENERATED
 from draftsmith.evaluate.doctor.case import Case, NotChecked
 from draftsmith.evaluate.doctor.report import Finding, Verdict
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from draftsmith import provenance
 from draftsmith.arguments import FLAT
+from draftsmith.data.chat_template import ChatTemplate
 from draftsmith.data.prompts import ALL_PROMPTS, PROMPT_FILE, Prompt, PromptSelection, read_prompts, say_dropped
 from draftsmith.data.replies.reply_files import loaded_here, run_identity, write_replies
 from draftsmith.data.replies.reply_plan import BatchOptions, make_plan
@@ -24,7 +25,6 @@ from draftsmith.data.replies.reply_settings import Overrides, reply_settings
 from draftsmith.data.replies.reply_sources import BundledEngine
 from draftsmith.data.replies.respond import REPLY
 from draftsmith.data.shared_work import Share
-from draftsmith.data.tokens import ChatTemplate
 from draftsmith.decode.decode_command import NO_STOP_STRINGS, EndingOptions
 from draftsmith.decode.sampling import ReplyOptions
 from draftsmith.files import exclusive, read_jsonl, sha256_file

@@ -17,8 +17,8 @@ from typing import Annotated, Literal
 from transformers import PreTrainedTokenizerBase
 
 from draftsmith.arguments import FLAT
+from draftsmith.data.chat_template import ChatTemplate, chat_of
 from draftsmith.data.prompts import say_dropped
-from draftsmith.data.tokens import ChatTemplate, chat_of
 from draftsmith.escapes import visible
 from draftsmith.json_rows import Dropped, summary
 from draftsmith.label.answer_rows import read_answers

@@ -18,9 +18,9 @@ from transformers import PreTrainedTokenizerBase
 
 from draftsmith import provenance
 from draftsmith.arguments import FLAT
+from draftsmith.data.chat_template import ChatTemplate
 from draftsmith.data.progress import progress
 from draftsmith.data.replies.reply_settings import reply_settings
-from draftsmith.data.tokens import ChatTemplate
 from draftsmith.decode.sampling import GenerationSettings, ReplyOptions
 from draftsmith.escapes import visible
 from draftsmith.files import JsonlAppender, atomic_write, exclusive

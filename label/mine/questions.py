@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from draftsmith.data.chat_template import ChatTemplate
 from draftsmith.data.formats import Message, row_id, to_conversation
 from draftsmith.data.prompts import PROMPT_FILE, say_dropped
-from draftsmith.data.tokens import ChatTemplate
 from draftsmith.files import read_jsonl
 from draftsmith.json_rows import Dropped, shown_row, summary
 from draftsmith.label.checkers.checkers import Checker, Row

@@ -168,7 +168,7 @@ def target_check(
         ValueError: the target's files cannot be read.
     """
     # Only here: these imports bring torch, which the page does not need otherwise.
-    from draftsmith.data.tokens import chat_of
+    from draftsmith.data.chat_template import chat_of
     from draftsmith.label.page.target_check import TargetCheck
     from draftsmith.label.row_checks import RowChecks
     from draftsmith.models.files.loading import load_tokenizer

@@ -79,10 +79,12 @@ COMMANDS: dict[tuple[str, ...], Command] = {
         "Check a cache: checksums, and samples run through the target again.",
     ),
     ("data", "ngrams"): Command(
-        "draftsmith.data.replies.ngrams", "ngrams", "Count the n-grams of replies, to score drafts a second time."
+        "draftsmith.data.replies.ngrams_command",
+        "ngrams",
+        "Count the n-grams of replies, to score drafts a second time.",
     ),
     ("data", "pool"): Command(
-        "draftsmith.data.replies.pool",
+        "draftsmith.data.replies.pool_command",
         "pool",
         "Keep text of replies that drafts without training may repeat to anybody.",
     ),

@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 from tiny import make_tokenizer
 
+from draftsmith.data.chat_template import ChatTemplate
 from draftsmith.data.corpus import Corpus
 from draftsmith.data.prompts import prompts, read_prompts, read_question_set
 from draftsmith.data.sources import read_rows
-from draftsmith.data.tokens import ChatTemplate
 from draftsmith.files import read_jsonl
 from draftsmith.json_rows import Dropped
 

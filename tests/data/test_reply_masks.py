@@ -6,9 +6,9 @@ import pytest
 from chat_styles import KINDS, SAID, STYLES, conversation, styled_tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from draftsmith.data.chat_template import ChatTemplate, TokenizedSample
 from draftsmith.data.formats import Message
-from draftsmith.data.reply_spans import Encoded, Span, reply_mask
-from draftsmith.data.tokens import ChatTemplate, TokenizedSample
+from draftsmith.data.reply_mask import Encoded, Span, reply_mask
 from draftsmith.models.target.prompt_template import TemplateOptions
 
 # These formats close the last turn by nothing.

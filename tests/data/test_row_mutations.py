@@ -11,10 +11,10 @@ import pytest
 from tiny import make_tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from draftsmith.data.chat_template import ChatTemplate
 from draftsmith.data.corpus import Corpus
 from draftsmith.data.formats import Format
 from draftsmith.data.prompts import prompts, read_prompts
-from draftsmith.data.tokens import ChatTemplate
 from draftsmith.json_rows import Dropped, parse_object
 from draftsmith.label.mine.questions import read_questions
 

@@ -9,10 +9,10 @@ import pytest
 from tiny import make_tokenizer
 
 from draftsmith.data.cache.show import render
+from draftsmith.data.chat_template import ChatTemplate, TokenizedSample
 from draftsmith.data.corpus import Corpus
 from draftsmith.data.formats import UnusableRow, detect_format, to_conversation
 from draftsmith.data.prompts import prompts, read_prompts
-from draftsmith.data.tokens import ChatTemplate, TokenizedSample
 from draftsmith.json_rows import Dropped
 
 WriteRows = Callable[..., Path]

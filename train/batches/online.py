@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import DataLoader
 
-from draftsmith.data.chats.trained import TrainedOn
+from draftsmith.data.chats.token_kinds import TrainedOn
 from draftsmith.models.files.device_and_dtype import resolved_dtype
 from draftsmith.models.target.prompt_template import TemplateOptions
 from draftsmith.models.target.sharding import ShardedOver, TargetSharding, load_sharded, sharded_over

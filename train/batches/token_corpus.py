@@ -21,13 +21,13 @@ import torch
 
 from draftsmith import provenance
 from draftsmith.data.cache.extract import sample_length
-from draftsmith.data.chats.trained import EVERYTHING, TrainedOn
+from draftsmith.data.chat_template import TokenizedSample, chat_of, cut
+from draftsmith.data.chats.token_kinds import EVERYTHING, TrainedOn
 from draftsmith.data.corpus import Corpus, why_unlabelled
 from draftsmith.data.progress import progress
 from draftsmith.data.shards.lengths import write_lengths
 from draftsmith.data.shards.manifest import MANIFEST_FILE, CacheIdentity, Manifest
 from draftsmith.data.shards.shards import ShardContent, ShardRecord, write_shard
-from draftsmith.data.tokens import TokenizedSample, chat_of, cut
 from draftsmith.files import atomic_directory, atomic_write, sha256_file
 from draftsmith.json_rows import DROPPED_FILE, Dropped, dropped_lines, summary
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint

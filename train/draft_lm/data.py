@@ -21,13 +21,13 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
+from draftsmith.data.chat_template import ChatTemplate, cut
 from draftsmith.data.chats.reply_marks import ReplyMarks
-from draftsmith.data.chats.trained import EVERYTHING, KindCounts, TrainedOn
+from draftsmith.data.chats.token_kinds import EVERYTHING, KindCounts, TrainedOn
 from draftsmith.data.corpus import Corpus
 from draftsmith.data.progress import progress
 from draftsmith.data.prompt_ids import chat_for, first_prompt_ids
 from draftsmith.data.prompts import PROMPT_FILE, read_prompts
-from draftsmith.data.tokens import ChatTemplate, cut
 from draftsmith.files import sha256_file
 from draftsmith.json_rows import Dropped, summary
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint

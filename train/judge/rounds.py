@@ -16,7 +16,7 @@ import pytorch_lightning as pl
 from transformers import PreTrainedTokenizerBase
 
 from draftsmith import provenance
-from draftsmith.data.tokens import ChatTemplate
+from draftsmith.data.chat_template import ChatTemplate
 from draftsmith.decode.batch import Generation
 from draftsmith.decode.engine import Engine
 from draftsmith.decode.sampling import GenerationSettings

@@ -14,8 +14,8 @@ from typing import Annotated, Any
 
 from draftsmith.arguments import FLAT
 from draftsmith.data.cache.extract import extract
+from draftsmith.data.chat_template import chat_of
 from draftsmith.data.prompts import ALL_PROMPTS, PROMPT_FILE, PromptSelection
-from draftsmith.data.tokens import chat_of
 from draftsmith.decode.model_settings import for_target
 from draftsmith.decode.sampling import DrawOptions, settings_of
 from draftsmith.decode.verify.lossy_rules import JudgeRule

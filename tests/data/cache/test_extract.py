@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 
 from draftsmith.data.cache.extract import HiddenStateCache, StorageOptions, extract, verify
 from draftsmith.data.cache.features import features, length_batches
+from draftsmith.data.chat_template import TokenizedSample
 from draftsmith.data.shards import shards
 from draftsmith.data.shards.manifest import Manifest
-from draftsmith.data.tokens import TokenizedSample
 from draftsmith.files import exclusive
 from draftsmith.models.target.options import PlacementOptions
 from draftsmith.models.target.target import Target

@@ -21,11 +21,11 @@ from tiny import TEMPLATE
 from draftsmith.data import corpus as corpus_module
 from draftsmith.data.cache.extract import HiddenStateCache, StorageOptions, extract
 from draftsmith.data.cache.shared_survey import shared_survey
+from draftsmith.data.chat_template import ChatTemplate
 from draftsmith.data.corpus import Corpus
 from draftsmith.data.shards.lengths import read_lengths
 from draftsmith.data.shards.manifest import Manifest
 from draftsmith.data.shared_work import Share, ShareOptions, own_share
-from draftsmith.data.tokens import ChatTemplate
 from draftsmith.files import exclusive, sha256_file
 from draftsmith.models.files.device_and_dtype import resolved_device
 from draftsmith.models.target.prompt_template import TemplateChoice

@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 from draftsmith.data.cache.extract import extract
 from draftsmith.data.cache.show import render, show
-from draftsmith.data.tokens import ChatTemplate, TokenizedSample
+from draftsmith.data.chat_template import ChatTemplate, TokenizedSample
 
 CONVERSATION = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Seven 🍎"}]
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from tool_chats import ASKED, TOOL_ROW, WEATHER, tool_tokenizer
 
+from draftsmith.data.chat_template import ChatTemplate
 from draftsmith.data.chats.messages import read_turns
 from draftsmith.data.chats.modes import LONG_TOKENS, modes
 from draftsmith.data.chats.reply_marks import marks_of
 from draftsmith.data.prompts import Prompt
 from draftsmith.data.replies.dialogues import Dialogue
 from draftsmith.data.replies.reply_sources import Reply
-from draftsmith.data.tokens import ChatTemplate
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.evaluate.samples import read_samples
 

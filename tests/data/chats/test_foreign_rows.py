@@ -9,9 +9,9 @@ import pytest
 from chat_rows import NO, RESULT, outcomes, reason, text
 from tool_chats import ASKED, CALL, TOOL_TEMPLATE, WEATHER
 
-from draftsmith.data.chats.trained import EVERYTHING, TrainedOn
+from draftsmith.data.chat_template import TokenizedSample
+from draftsmith.data.chats.token_kinds import EVERYTHING, TrainedOn
 from draftsmith.data.formats import detect_format, to_conversation
-from draftsmith.data.tokens import TokenizedSample
 
 WriteRows = Callable[..., Path]
 BRIEF = {"role": "system", "content": "Be brief."}

@@ -9,7 +9,7 @@ import pytest
 from chat_rows import NO, reason, text
 from tool_chats import ASKED, TOOL_ROW, WEATHER
 
-from draftsmith.data.chats.trained import EVERYTHING
+from draftsmith.data.chats.token_kinds import EVERYTHING
 from draftsmith.data.formats import detect_format, to_conversation
 from draftsmith.data.prompts import prompts, read_prompts
 

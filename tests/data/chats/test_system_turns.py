@@ -9,10 +9,10 @@ from chat_rows import NO, RESULT, reason, text
 from tool_chats import ASKED, CALL, TOOL_TEMPLATE, WEATHER, tool_tokenizer
 
 from draftsmith.data.between_turns import check_turns
-from draftsmith.data.chats.trained import EVERYTHING
+from draftsmith.data.chat_template import ChatTemplate
+from draftsmith.data.chats.token_kinds import EVERYTHING
 from draftsmith.data.formats import detect_format, to_conversation
 from draftsmith.data.prompts import Prompt, prompts, read_prompts
-from draftsmith.data.tokens import ChatTemplate
 from draftsmith.models.target.prompt_template import TemplateOptions
 from draftsmith.models.target.template_fields import TemplateRefusal
 

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from tool_chats import ASKED, TOOL_ROW, TOOL_TEMPLATE, WEATHER, tool_tokenizer
 
+from draftsmith.data.chat_template import ChatTemplate, TokenizedSample
 from draftsmith.data.chats.modes import modes_of_sample
 from draftsmith.data.chats.reply_marks import ReplyMarks
-from draftsmith.data.chats.trained import Kind, TrainedOn
+from draftsmith.data.chats.token_kinds import Kind, TrainedOn
 from draftsmith.data.corpus import Corpus
-from draftsmith.data.tokens import ChatTemplate, TokenizedSample
 
 WriteRows = Callable[..., Path]
 WORDS_ALONE = TrainedOn(train_tool_calls=False, train_thoughts=False)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from draftsmith.data.replies.ngrams import ngrams
+from draftsmith.data.replies.ngrams_command import ngrams
 from draftsmith.models.files.loading import load_tokenizer
 from draftsmith.models.ngrams.table import load_ngrams
 

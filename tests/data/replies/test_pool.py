@@ -10,8 +10,8 @@ from typing import cast
 import pytest
 
 from draftsmith.data.corpus import Corpus
-from draftsmith.data.replies import pool as pool_module
-from draftsmith.data.replies.pool import pool
+from draftsmith.data.replies import pool_command as pool_module
+from draftsmith.data.replies.pool_command import pool
 from draftsmith.data.replies.reply_text import Replies
 from draftsmith.decode import Engine, GenerationSettings
 from draftsmith.models import Target

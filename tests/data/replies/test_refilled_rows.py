@@ -13,13 +13,13 @@ import pytest
 from tiny import EOS
 from transformers import PreTrainedTokenizerBase
 
+from draftsmith.data.chat_template import ChatTemplate
 from draftsmith.data.formats import Message
 from draftsmith.data.prompts import Prompt
 from draftsmith.data.replies.reply_files import write_replies
 from draftsmith.data.replies.reply_plan import BatchOptions, Plan, make_plan
 from draftsmith.data.replies.reply_sources import Reply
 from draftsmith.data.shared_work import Share
-from draftsmith.data.tokens import ChatTemplate
 from draftsmith.decode.sampling import GenerationSettings
 
 SETTINGS = GenerationSettings(max_new_tokens=8, eos_token_ids=(EOS,))

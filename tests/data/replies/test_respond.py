@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from draftsmith import provenance
 from draftsmith.data.cache.extract import HiddenStateCache, extract
+from draftsmith.data.chat_template import ChatTemplate
 from draftsmith.data.corpus import source_files
 from draftsmith.data.formats import Message
 from draftsmith.data.prompts import Prompt, prompts, read_prompts
@@ -31,7 +32,6 @@ from draftsmith.data.replies.respond import respond
 from draftsmith.data.replies.server_source import ServerOptions
 from draftsmith.data.replies.vllm_source import VllmOptions
 from draftsmith.data.shared_work import Share, ShareOptions
-from draftsmith.data.tokens import ChatTemplate
 from draftsmith.decode.constraints import Constraints
 from draftsmith.decode.sampling import GenerationSettings, ReplyOptions
 from draftsmith.json_rows import parse_object

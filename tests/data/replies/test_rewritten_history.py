@@ -10,6 +10,7 @@ from tiny import EOS, make_tokenizer, save_target
 
 from draftsmith.data.cache.extract import extract
 from draftsmith.data.cache.reader import HiddenStateCache
+from draftsmith.data.chat_template import ChatTemplate
 from draftsmith.data.corpus import Corpus
 from draftsmith.data.formats import Message
 from draftsmith.data.prompt_ids import chat_for, first_prompt_ids
@@ -18,7 +19,6 @@ from draftsmith.data.replies.dialogues import answer_batch
 from draftsmith.data.replies.reply_sources import Reply
 from draftsmith.data.replies.respond import respond
 from draftsmith.data.shards.manifest import Manifest
-from draftsmith.data.tokens import ChatTemplate
 from draftsmith.decode.decode_command import prompt_ids
 from draftsmith.decode.sampling import GenerationSettings, ReplyOptions
 from draftsmith.evaluate.samples import read_samples

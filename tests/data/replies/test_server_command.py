@@ -18,6 +18,7 @@ from reply_server import SETTINGS, Answer, Handler, Server, asking, connect, fai
 from transformers import PreTrainedTokenizerBase
 
 from draftsmith.cli import main
+from draftsmith.data.chat_template import ChatTemplate
 from draftsmith.data.corpus import source_files
 from draftsmith.data.prompts import read_prompts
 from draftsmith.data.replies import reply_files
@@ -25,7 +26,6 @@ from draftsmith.data.replies.dialogues import Failure, answer_independently
 from draftsmith.data.replies.reply_settings import Overrides
 from draftsmith.data.replies.respond import respond
 from draftsmith.data.replies.server_source import ServerOptions
-from draftsmith.data.tokens import ChatTemplate
 from draftsmith.decode.sampling import ReplyOptions
 
 pytestmark = pytest.mark.usefixtures("impatient")

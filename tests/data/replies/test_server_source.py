@@ -13,13 +13,13 @@ from reply_server import SETTINGS, Answer, Handler, Server, Trick, asking, conne
 from tiny import EOS
 from transformers import PreTrainedTokenizerBase
 
+from draftsmith.data.chat_template import ChatTemplate
 from draftsmith.data.replies.dialogues import Failure, answer_independently
 from draftsmith.data.replies.reply_settings import Overrides
 from draftsmith.data.replies.reply_sources import BundledEngine, RawReply
 from draftsmith.data.replies.respond import respond
 from draftsmith.data.replies.server_source import ServerEngine, ServerOptions
-from draftsmith.data.replies.source_settings import check_settings, sampling, settle
-from draftsmith.data.tokens import ChatTemplate
+from draftsmith.data.replies.vllm_sampling import check_settings, sampling, settle
 from draftsmith.decode.constraints import Constraints
 from draftsmith.decode.sampling import GenerationSettings, ReplyOptions
 from draftsmith.models import Target

@@ -14,6 +14,7 @@ from draftsmith.data.cache.disk_use import bytes_as_files, file_overhead
 from draftsmith.data.cache.extract import HiddenStateCache, StorageOptions, compare, extract, verify
 from draftsmith.data.cache.features import _ends_of_copies, features
 from draftsmith.data.cache.show import show
+from draftsmith.data.chat_template import TokenizedSample
 from draftsmith.data.shards import eight_bit
 from draftsmith.data.shards.eight_bit import (
     CODES,
@@ -25,7 +26,6 @@ from draftsmith.data.shards.eight_bit import (
 )
 from draftsmith.data.shards.packing import pack
 from draftsmith.data.shards.shards import ShardContent, ShardReader, bytes_per_token, write_shard
-from draftsmith.data.tokens import TokenizedSample
 from draftsmith.models.drafters.family import Family
 from draftsmith.models.target.options import PlacementOptions
 from draftsmith.models.target.target import Target

@@ -11,7 +11,7 @@ import torch
 from doctor_runs import Found, Run, skip_all_but
 from tool_chats import tool_tokenizer
 
-from draftsmith.data.survey import IDS_AS_GENERATED
+from draftsmith.data.corpus_survey import IDS_AS_GENERATED
 from draftsmith.evaluate.doctor.case import NotChecked
 from draftsmith.evaluate.doctor.doctor_command import Bounds
 from draftsmith.evaluate.doctor.modes import check_mode

@@ -12,7 +12,7 @@ import torch
 from tiny import make_tokenizer, save_target
 
 from draftsmith import cli, embedded
-from draftsmith.data.tokens import ChatTemplate
+from draftsmith.data.chat_template import ChatTemplate
 from draftsmith.label.answer_rows import read_answers
 from draftsmith.label.checkers.checkers import load_checker
 from draftsmith.label.mine import mine_command as command

@@ -6,7 +6,7 @@ import pytest
 from page_browser import Served, Visit, label_of, marked, press
 from tiny import make_tokenizer
 
-from draftsmith.data.tokens import ChatTemplate
+from draftsmith.data.chat_template import ChatTemplate
 from draftsmith.label.commands.rows_command import make_rows
 from draftsmith.label.page.decisions import DecidingActions
 from draftsmith.label.page.markable_spans import Cutter

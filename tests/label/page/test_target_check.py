@@ -22,8 +22,8 @@ pytest.importorskip("fastapi", reason="the labelling page needs the extra drafts
 pytest.importorskip("latex2mathml", reason="the labelling page needs the extra draftsmith[label]")
 
 from draftsmith import cli
+from draftsmith.data.chat_template import ChatTemplate
 from draftsmith.data.formats import Message
-from draftsmith.data.tokens import ChatTemplate
 from draftsmith.label.commands.rows_command import make_rows
 from draftsmith.label.page.actions import LabellingActions
 from draftsmith.label.page.markable_spans import Cutter

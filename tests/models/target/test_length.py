@@ -11,8 +11,8 @@ import transformers
 from doubles import VOCAB, PlannedDrafter, random_model
 
 from draftsmith.data.cache.features import features, prompt_lengths
+from draftsmith.data.chat_template import TokenizedSample
 from draftsmith.data.shards.manifest import CacheIdentity
-from draftsmith.data.tokens import TokenizedSample
 from draftsmith.decode.engine import Engine
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.models import PRE_NORM, DraftLimits, Target

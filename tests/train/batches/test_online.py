@@ -29,7 +29,7 @@ from transformers import AutoModel
 
 from draftsmith.data.cache.extract import StorageOptions, extract
 from draftsmith.data.cache.reader import HiddenStateCache
-from draftsmith.data.chats.trained import TrainedOn
+from draftsmith.data.chats.token_kinds import TrainedOn
 from draftsmith.models.drafters.rollout import PackedBatch
 from draftsmith.models.target.sharding import ShardedOver
 from draftsmith.models.target.target import PRE_NORM, Target

@@ -6,7 +6,7 @@ Owns: the records, and how exchanges in token ids become samples. Does not know:
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 
-from draftsmith.data.chats.trained import EVERYTHING, Kind, KindCounts, TrainedOn, count_kinds
+from draftsmith.data.chats.token_kinds import EVERYTHING, Kind, KindCounts, TrainedOn, count_kinds
 
 ReplyKinds = Callable[[Sequence[int], Sequence[int]], bytes]
 """The kind of each token of a reply, from the ids of its prompt and its own."""

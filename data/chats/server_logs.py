@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 from draftsmith.data.chats.gemini import GEMINI_ANSWER, GEMINI_FIELDS, flat_gemini, has_candidates, is_gemini
 from draftsmith.data.chats.messages import listed, objects
-from draftsmith.data.chats.other_rows import usual
 from draftsmith.data.chats.responses_api import (
     RESPONSES_ANSWER,
     RESPONSES_FIELDS,
@@ -18,6 +17,7 @@ from draftsmith.data.chats.responses_api import (
 )
 from draftsmith.data.chats.spellings import ROLE_FIELDS, is_whole, plain_turns, role_of
 from draftsmith.data.chats.tool_calls import TOOL_FIELDS, says_nothing
+from draftsmith.data.chats.unusual_rows import usual
 from draftsmith.json_rows import UnusableRow, parse_object
 
 _REQUEST_FIELDS = (

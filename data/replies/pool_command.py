@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 from draftsmith.arguments import FLAT
-from draftsmith.data.chats.trained import EVERYTHING, TrainedOn
+from draftsmith.data.chats.token_kinds import EVERYTHING, TrainedOn
 from draftsmith.data.replies.reply_text import replies_of
 from draftsmith.json_rows import Dropped, summary
 from draftsmith.models.composed.shared_pool import SharedPool, check_num_slots

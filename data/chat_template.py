@@ -18,9 +18,9 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from draftsmith.data.between_turns import around_reply
 from draftsmith.data.chats.messages import Message, is_blank_system
 from draftsmith.data.chats.reply_marks import ReplyMarks
-from draftsmith.data.chats.samples import TokenizedSample, Turn, cut, from_turns, numbered, samples_from_turns
-from draftsmith.data.chats.trained import EVERYTHING, Kind, TrainedOn
-from draftsmith.data.reply_spans import Encoded, Span, reply_mask
+from draftsmith.data.chats.token_kinds import EVERYTHING, Kind, TrainedOn
+from draftsmith.data.chats.tokenized_samples import TokenizedSample, Turn, cut, from_turns, numbered, samples_from_turns
+from draftsmith.data.reply_mask import Encoded, Span, reply_mask
 from draftsmith.models.files.end_tokens import read_end_tokens
 from draftsmith.models.target.prompt_template import (
     NO_OPTIONS,
