@@ -19,8 +19,7 @@ import functools
 import hashlib
 from collections.abc import Sequence
 
-from draftsmith.data.chats.messages import is_blank_system
-from draftsmith.data.formats import Message
+from draftsmith.data.chats.messages import Message, is_blank_system
 from draftsmith.models.target.prompt_template import PromptTemplate, encoded
 from draftsmith.models.target.template_fields import TemplateRefusal
 

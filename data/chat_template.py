@@ -19,19 +19,16 @@ from draftsmith.data.between_turns import around_reply
 from draftsmith.data.chats.messages import Message, is_blank_system
 from draftsmith.data.chats.reply_marks import ReplyMarks
 from draftsmith.data.chats.token_kinds import EVERYTHING, Kind, TrainedOn
-from draftsmith.data.chats.tokenized_samples import TokenizedSample, Turn, cut, from_turns, numbered, samples_from_turns
+from draftsmith.data.chats.tokenized_samples import TokenizedSample, numbered
 from draftsmith.data.reply_mask import Encoded, Span, reply_mask
 from draftsmith.models.files.end_tokens import read_end_tokens
 from draftsmith.models.target.prompt_template import (
     NO_OPTIONS,
-    NO_TEMPLATE,
     PromptTemplate,
     TemplateOptions,
     encoded,
 )
 from draftsmith.models.target.template_fields import RENDERING_ERRORS, TemplateRefusal, refusal
-
-__all__ = ["NO_TEMPLATE", "ChatTemplate", "TokenizedSample", "Turn", "cut", "from_turns", "samples_from_turns"]
 
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\b")
 

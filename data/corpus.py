@@ -14,19 +14,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from draftsmith.data.chat_template import ChatTemplate, TokenizedSample, cut, no_labels, samples_from_turns
+from draftsmith.data.chat_template import ChatTemplate, no_labels
+from draftsmith.data.chats.messages import Message
 from draftsmith.data.chats.modes import modes_of_sample
 from draftsmith.data.chats.reply_marks import ReplyMarks
 from draftsmith.data.chats.token_kinds import EVERYTHING, KindCounts, TrainedOn
+from draftsmith.data.chats.tokenized_samples import TokenizedSample, cut, samples_from_turns
 from draftsmith.data.chats.tool_calls import read_tools
 from draftsmith.data.corpus_survey import COLUMNS, IDS_AS_GENERATED, Survey, begun_anew
-from draftsmith.data.formats import Conversation, Message, UnusableRow, detect_format, row_id, to_conversation
+from draftsmith.data.formats import Conversation, detect_format, row_id, to_conversation
 from draftsmith.data.progress import progress
 from draftsmith.data.prompts import PROMPT_FILE, say_dropped
 from draftsmith.data.rows_of_ids import sample_of_ids, turns_begun_anew, turns_of
 from draftsmith.escapes import one_line
 from draftsmith.files import sha256_file
-from draftsmith.json_rows import Dropped, check_lines, check_values, is_blank, parse_object, shown, summary
+from draftsmith.json_rows import Dropped, UnusableRow, check_lines, check_values, is_blank, parse_object, shown, summary
 from draftsmith.json_text import parse_json_object
 
 RESPONSE_GLOB = "responses*.jsonl"

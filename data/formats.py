@@ -29,8 +29,6 @@ from draftsmith.data.chats.tool_calls import says_nothing, without_fillers
 from draftsmith.data.chats.unusual_rows import check_whole, thought_beside, turns_of_pairs, usual
 from draftsmith.json_rows import UnusableRow
 
-__all__ = ["Conversation", "Format", "Message", "UnusableRow", "detect_format", "row_id", "to_conversation"]
-
 Format = Literal[
     "auto", "openai", "sharegpt", "alpaca", "gsm8k", "specbench", "prompt", "text", "log", "responses", "gemini"
 ]

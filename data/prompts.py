@@ -17,20 +17,11 @@ from typing import Any
 
 from draftsmith import provenance
 from draftsmith.data.benchmark_fields import benchmark_fields
-from draftsmith.data.chats.messages import as_row, check_askable, is_blank_system, is_plain
-from draftsmith.data.formats import (
-    Conversation,
-    Format,
-    Message,
-    UnusableRow,
-    detect_format,
-    row_id,
-    text_field,
-    to_conversation,
-)
+from draftsmith.data.chats.messages import Message, as_row, check_askable, is_blank_system, is_plain
+from draftsmith.data.formats import Conversation, Format, detect_format, row_id, text_field, to_conversation
 from draftsmith.data.sources import Row, read_rows, source_name
 from draftsmith.files import atomic_directory, read_jsonl, sha256_file
-from draftsmith.json_rows import DROPPED_FILE, Dropped, dropped_lines, shown_row, summary
+from draftsmith.json_rows import DROPPED_FILE, Dropped, UnusableRow, dropped_lines, shown_row, summary
 from draftsmith.json_text import json_text
 from draftsmith.ownership import check_replaceable
 

@@ -6,8 +6,8 @@ Owns: the fields that hold ids, and which ids a row may have. Does not know: fil
 from collections.abc import Mapping
 from typing import Any
 
-from draftsmith.data.chat_template import TokenizedSample, Turn
-from draftsmith.data.formats import UnusableRow
+from draftsmith.data.chats.tokenized_samples import TokenizedSample, Turn
+from draftsmith.json_rows import UnusableRow
 
 _LARGEST_ID = 2**31 - 1
 

@@ -10,8 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from draftsmith.data.chats.messages import as_row, read_content
-from draftsmith.data.formats import Message
+from draftsmith.data.chats.messages import Message, as_row, read_content
 from draftsmith.files import atomic_file, read_jsonl
 from draftsmith.json_rows import Dropped, shown_row
 from draftsmith.json_text import json_text

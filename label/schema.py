@@ -13,8 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from draftsmith.data.chats.messages import read_content
-from draftsmith.data.formats import Message
+from draftsmith.data.chats.messages import Message, read_content
 from draftsmith.json_rows import check_values
 
 Verdict = Literal["correct", "wrong", "unplaced"]

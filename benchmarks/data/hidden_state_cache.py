@@ -15,7 +15,8 @@ import torch
 
 from draftsmith.data.cache.extract import HiddenStateCache, StorageOptions, extract
 from draftsmith.data.cache.features import features, length_batches, padded_ids
-from draftsmith.data.chat_template import ChatTemplate, TokenizedSample
+from draftsmith.data.chat_template import ChatTemplate
+from draftsmith.data.chats.tokenized_samples import TokenizedSample
 from draftsmith.data.corpus import Corpus
 from draftsmith.data.shards.packing import packed_batches
 from draftsmith.data.shards.shards import write_shard

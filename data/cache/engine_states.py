@@ -28,7 +28,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from draftsmith.data.chat_template import TokenizedSample
+from draftsmith.data.chats.tokenized_samples import TokenizedSample
 from draftsmith.data.progress import progress
 from draftsmith.data.replies.http_json import JsonClient, RetryableError
 from draftsmith.models.target.target import PRE_NORM, TargetEnds

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from draftsmith.data.cache.engine_states import StatesSource
-from draftsmith.data.chat_template import TokenizedSample
+from draftsmith.data.chats.tokenized_samples import TokenizedSample
 from draftsmith.data.shards.eight_bit import CODES, quantise, stored_dtype
 from draftsmith.data.shards.manifest import CacheIdentity
 from draftsmith.data.shards.shards import ShardContent

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, distributed
 
 from draftsmith.data.cache.features import features
-from draftsmith.data.chat_template import TokenizedSample
+from draftsmith.data.chats.tokenized_samples import TokenizedSample
 from draftsmith.data.shards.manifest import CacheIdentity
 from draftsmith.data.shards.shards import ShardContent
 from draftsmith.models.target.target import Target

@@ -15,9 +15,10 @@ from transformers import PreTrainedTokenizerBase
 
 from draftsmith.arguments import FLAT
 from draftsmith.data.cache.reader import HiddenStateCache
-from draftsmith.data.chat_template import TokenizedSample, chat_of
+from draftsmith.data.chat_template import chat_of
 from draftsmith.data.chats.modes import MODES
 from draftsmith.data.chats.token_kinds import EVERYTHING, KindCounts, TrainedOn
+from draftsmith.data.chats.tokenized_samples import TokenizedSample
 from draftsmith.data.corpus import Corpus
 from draftsmith.data.shards.manifest import MANIFEST_FILE, Manifest
 from draftsmith.escapes import visible

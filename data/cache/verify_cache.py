@@ -17,7 +17,7 @@ import torch
 from draftsmith.arguments import FLAT
 from draftsmith.data.cache.features import features, num_embeddings
 from draftsmith.data.cache.reader import Check, HiddenStateCache
-from draftsmith.data.chat_template import TokenizedSample
+from draftsmith.data.chats.tokenized_samples import TokenizedSample
 from draftsmith.data.shards.eight_bit import CODES, LARGEST_ERROR, stored_dtype
 from draftsmith.escapes import visible
 from draftsmith.models.target.options import PlacementOptions

@@ -15,10 +15,10 @@ from typing import Any
 
 from draftsmith.data.benchmark_fields import benchmark_fields
 from draftsmith.data.between_turns import History, replaces_reply
-from draftsmith.data.chat_template import ChatTemplate, Turn
-from draftsmith.data.chats.messages import as_row
+from draftsmith.data.chat_template import ChatTemplate
+from draftsmith.data.chats.messages import Message, as_row
 from draftsmith.data.chats.modes import MODES, modes_of_reply
-from draftsmith.data.formats import Message
+from draftsmith.data.chats.tokenized_samples import Turn
 from draftsmith.data.prompt_ids import chat_of_prompt
 from draftsmith.data.prompts import Prompt
 from draftsmith.data.replies.reply_plan import Plan

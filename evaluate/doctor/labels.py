@@ -14,7 +14,7 @@ from rich.text import Text
 from torch import Tensor
 
 from draftsmith.data.cache.show import render
-from draftsmith.data.chat_template import TokenizedSample
+from draftsmith.data.chats.tokenized_samples import TokenizedSample
 from draftsmith.data.corpus_survey import IDS_AS_GENERATED
 from draftsmith.data.shards.shards import CachedSample
 from draftsmith.evaluate.doctor.case import MAX_TOKENS, Case, NotChecked

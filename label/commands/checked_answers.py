@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from draftsmith.data.formats import Message
+from draftsmith.data.chats.messages import Message
 from draftsmith.data.prompts import Prompt
 from draftsmith.files import JsonlAppender, read_jsonl
 from draftsmith.label.checkers.checkers import Checked, Checker, Row

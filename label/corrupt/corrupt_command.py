@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Annotated
 
 from draftsmith.arguments import FLAT
-from draftsmith.data.formats import Message, row_id
+from draftsmith.data.chats.messages import Message
+from draftsmith.data.formats import row_id
 from draftsmith.data.prompts import PROMPT_FILE, say_dropped
 from draftsmith.files import read_jsonl
 from draftsmith.json_rows import Dropped, summary

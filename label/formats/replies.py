@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
-from draftsmith.data.formats import Message
+from draftsmith.data.chats.messages import Message
 from draftsmith.label.answer_rows import with_parts
 from draftsmith.label.formats.fields import Row, licence_of, model_of, unpacked
 from draftsmith.label.schema import Answer, refusal

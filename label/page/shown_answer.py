@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from draftsmith.data.formats import Message
+from draftsmith.data.chats.messages import Message
 from draftsmith.label.page.latex import blocks
 from draftsmith.label.page.markable_spans import Cutter, segments
 from draftsmith.label.schema import Answer, Label, Span

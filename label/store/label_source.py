@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from draftsmith.data.formats import Message
+from draftsmith.data.chats.messages import Message
 from draftsmith.label.schema import Answer, How, Label, Span, Verdict, answer_id, check_messages, refusal
 
 

@@ -7,7 +7,7 @@ from tiny import EOS, make_tokenizer
 from draftsmith.data import between_turns
 from draftsmith.data.between_turns import BetweenTurns, History
 from draftsmith.data.chat_template import ChatTemplate
-from draftsmith.data.formats import Message
+from draftsmith.data.chats.messages import Message
 from draftsmith.models.target.template_fields import TemplateRefusal
 
 CHAINED = [

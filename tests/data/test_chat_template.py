@@ -5,8 +5,9 @@ from tiny import TEMPLATE, make_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from draftsmith.data.between_turns import BetweenTurns
-from draftsmith.data.chat_template import ChatTemplate, TokenizedSample, Turn, cut, from_turns
-from draftsmith.data.formats import Message
+from draftsmith.data.chat_template import ChatTemplate
+from draftsmith.data.chats.messages import Message
+from draftsmith.data.chats.tokenized_samples import TokenizedSample, Turn, cut, from_turns
 
 # Jinja eats the newline after a block's end, not the one after plain text.
 PREFIX_TEMPLATE = TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}\n", "")

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from draftsmith.data.formats import UnusableRow, detect_format, to_conversation
+from draftsmith.data.formats import detect_format, to_conversation
 from draftsmith.data.prompts import prompts, read_prompts
+from draftsmith.json_rows import UnusableRow
 
 USER = {"role": "user", "content": "How many?"}
 ROWS: dict[str, tuple[dict[str, object], list[str], list[str]]] = {

@@ -6,8 +6,9 @@ import pytest
 from chat_styles import KINDS, SAID, STYLES, conversation, styled_tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from draftsmith.data.chat_template import ChatTemplate, TokenizedSample
-from draftsmith.data.formats import Message
+from draftsmith.data.chat_template import ChatTemplate
+from draftsmith.data.chats.messages import Message
+from draftsmith.data.chats.tokenized_samples import TokenizedSample
 from draftsmith.data.reply_mask import Encoded, Span, reply_mask
 from draftsmith.models.target.prompt_template import TemplateOptions
 

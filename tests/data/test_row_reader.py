@@ -9,11 +9,12 @@ import pytest
 from tiny import make_tokenizer
 
 from draftsmith.data.cache.show import render
-from draftsmith.data.chat_template import ChatTemplate, TokenizedSample
+from draftsmith.data.chat_template import ChatTemplate
+from draftsmith.data.chats.tokenized_samples import TokenizedSample
 from draftsmith.data.corpus import Corpus
-from draftsmith.data.formats import UnusableRow, detect_format, to_conversation
+from draftsmith.data.formats import detect_format, to_conversation
 from draftsmith.data.prompts import prompts, read_prompts
-from draftsmith.json_rows import Dropped
+from draftsmith.json_rows import Dropped, UnusableRow
 
 WriteRows = Callable[..., Path]
 USER: dict[str, Any] = {"role": "user", "content": "How many?"}

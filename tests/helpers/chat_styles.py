@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from draftsmith.data.formats import Message
+from draftsmith.data.chats.messages import Message
 
 TEXTS = [
     "How many pears are left?",

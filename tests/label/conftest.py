@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from draftsmith.data.formats import Message
+from draftsmith.data.chats.messages import Message
 from draftsmith.label.checkers.sandbox import SandboxError, run
 from draftsmith.label.schema import Answer, Label
 from draftsmith.label.store.store import Store

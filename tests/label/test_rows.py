@@ -11,7 +11,7 @@ from tiny import make_tokenizer
 from draftsmith import cli
 from draftsmith.data.cache.reader import HiddenStateCache
 from draftsmith.data.chat_template import ChatTemplate
-from draftsmith.data.formats import Message
+from draftsmith.data.chats.messages import Message
 from draftsmith.label.answer_rows import write_answers
 from draftsmith.label.commands.rows_command import make_rows, merged_labels
 from draftsmith.label.row_checks import REFUSED, UNPLACED, UNTOUCHED

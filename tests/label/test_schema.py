@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from draftsmith.data.formats import Message
+from draftsmith.data.chats.messages import Message
 from draftsmith.label.answer_rows import from_row, read_answers, to_row, write_answers
 from draftsmith.label.schema import Answer, Label, Tokens, answer_id
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from draftsmith.data.formats import Message
+from draftsmith.data.chats.messages import Message
 from draftsmith.label.schema import Answer, Label
 from draftsmith.label.token_labels import CORRECT, IGNORED, WRONG, token_labels, tokenize
 from draftsmith.models.files.loading import load_tokenizer

@@ -21,9 +21,10 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from draftsmith.data.chat_template import ChatTemplate, cut
+from draftsmith.data.chat_template import ChatTemplate
 from draftsmith.data.chats.reply_marks import ReplyMarks
 from draftsmith.data.chats.token_kinds import EVERYTHING, KindCounts, TrainedOn
+from draftsmith.data.chats.tokenized_samples import cut
 from draftsmith.data.corpus import Corpus
 from draftsmith.data.progress import progress
 from draftsmith.data.prompt_ids import chat_for, first_prompt_ids

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from draftsmith.data.cache import extract as command
 from draftsmith.data.cache.engine_states import EngineOptions, ServerStates, StatesLayout, layer_names
 from draftsmith.data.cache.extract import HiddenStateCache, StorageOptions, extract
-from draftsmith.data.chat_template import TokenizedSample
+from draftsmith.data.chats.tokenized_samples import TokenizedSample
 from draftsmith.models.target.target import PRE_NORM, Target
 
 LAYERS = ("layer.0.output", PRE_NORM)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from draftsmith.data.cache.extract import HiddenStateCache, StorageOptions, extract, verify
 from draftsmith.data.cache.features import features, length_batches
-from draftsmith.data.chat_template import TokenizedSample
+from draftsmith.data.chats.tokenized_samples import TokenizedSample
 from draftsmith.data.shards import shards
 from draftsmith.data.shards.manifest import Manifest
 from draftsmith.files import exclusive

@@ -6,7 +6,8 @@ from transformers import PreTrainedTokenizerBase
 
 from draftsmith.data.cache.extract import extract
 from draftsmith.data.cache.show import render, show
-from draftsmith.data.chat_template import ChatTemplate, TokenizedSample
+from draftsmith.data.chat_template import ChatTemplate
+from draftsmith.data.chats.tokenized_samples import TokenizedSample
 
 CONVERSATION = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Seven 🍎"}]
 

@@ -9,8 +9,9 @@ import pytest
 from chat_rows import NO, reason, text
 from tool_chats import ASKED, TOOL_ROW
 
-from draftsmith.data.formats import UnusableRow, detect_format, to_conversation
+from draftsmith.data.formats import detect_format, to_conversation
 from draftsmith.data.prompts import read_prompts
+from draftsmith.json_rows import UnusableRow
 
 WriteRows = Callable[..., Path]
 Row = dict[str, Any]

@@ -9,8 +9,8 @@ import pytest
 from chat_rows import NO, RESULT, outcomes, reason, text
 from tool_chats import ASKED, CALL, TOOL_TEMPLATE, WEATHER
 
-from draftsmith.data.chat_template import TokenizedSample
 from draftsmith.data.chats.token_kinds import EVERYTHING, TrainedOn
+from draftsmith.data.chats.tokenized_samples import TokenizedSample
 from draftsmith.data.formats import detect_format, to_conversation
 
 WriteRows = Callable[..., Path]

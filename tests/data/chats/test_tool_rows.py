@@ -9,8 +9,9 @@ import pytest
 from tool_chats import ASKED, CALL, TOOL_ROW, TOOL_TEMPLATE, WEATHER, tool_tokenizer
 
 from draftsmith.data.cache.show import render
-from draftsmith.data.chat_template import ChatTemplate, TokenizedSample
+from draftsmith.data.chat_template import ChatTemplate
 from draftsmith.data.chats.token_kinds import EVERYTHING, TrainedOn
+from draftsmith.data.chats.tokenized_samples import TokenizedSample
 from draftsmith.data.chats.tool_calls import read_calls, read_tools
 from draftsmith.data.corpus import Corpus
 from draftsmith.json_rows import Dropped

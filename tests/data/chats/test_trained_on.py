@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 from tool_chats import ASKED, TOOL_ROW, TOOL_TEMPLATE, WEATHER, tool_tokenizer
 
-from draftsmith.data.chat_template import ChatTemplate, TokenizedSample
+from draftsmith.data.chat_template import ChatTemplate
 from draftsmith.data.chats.modes import modes_of_sample
 from draftsmith.data.chats.reply_marks import ReplyMarks
 from draftsmith.data.chats.token_kinds import Kind, TrainedOn
+from draftsmith.data.chats.tokenized_samples import TokenizedSample
 from draftsmith.data.corpus import Corpus
 
 WriteRows = Callable[..., Path]

@@ -14,7 +14,7 @@ from tiny import EOS
 from transformers import PreTrainedTokenizerBase
 
 from draftsmith.data.chat_template import ChatTemplate
-from draftsmith.data.formats import Message
+from draftsmith.data.chats.messages import Message
 from draftsmith.data.prompts import Prompt
 from draftsmith.data.replies.reply_files import write_replies
 from draftsmith.data.replies.reply_plan import BatchOptions, Plan, make_plan

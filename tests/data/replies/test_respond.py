@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from draftsmith import provenance
 from draftsmith.data.cache.extract import HiddenStateCache, extract
 from draftsmith.data.chat_template import ChatTemplate
+from draftsmith.data.chats.messages import Message
 from draftsmith.data.corpus import source_files
-from draftsmith.data.formats import Message
 from draftsmith.data.prompts import Prompt, prompts, read_prompts
 from draftsmith.data.replies import engine_choice
 from draftsmith.data.replies.dialogues import Dialogue

@@ -11,8 +11,8 @@ from tiny import EOS, make_tokenizer, save_target
 from draftsmith.data.cache.extract import extract
 from draftsmith.data.cache.reader import HiddenStateCache
 from draftsmith.data.chat_template import ChatTemplate
+from draftsmith.data.chats.messages import Message
 from draftsmith.data.corpus import Corpus
-from draftsmith.data.formats import Message
 from draftsmith.data.prompt_ids import chat_for, first_prompt_ids
 from draftsmith.data.prompts import Prompt, prompts
 from draftsmith.data.replies.dialogues import answer_batch

@@ -14,7 +14,7 @@ from draftsmith.data.cache.disk_use import bytes_as_files, file_overhead
 from draftsmith.data.cache.extract import HiddenStateCache, StorageOptions, compare, extract, verify
 from draftsmith.data.cache.features import _ends_of_copies, features
 from draftsmith.data.cache.show import show
-from draftsmith.data.chat_template import TokenizedSample
+from draftsmith.data.chats.tokenized_samples import TokenizedSample
 from draftsmith.data.shards import eight_bit
 from draftsmith.data.shards.eight_bit import (
     CODES,

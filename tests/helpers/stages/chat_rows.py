@@ -7,8 +7,9 @@ from typing import Any
 from tool_chats import TOOL_TEMPLATE, tool_tokenizer
 
 from draftsmith.data.cache.show import render
-from draftsmith.data.chat_template import ChatTemplate, TokenizedSample
+from draftsmith.data.chat_template import ChatTemplate
 from draftsmith.data.chats.token_kinds import EVERYTHING, TrainedOn
+from draftsmith.data.chats.tokenized_samples import TokenizedSample
 from draftsmith.data.corpus import Corpus
 from draftsmith.json_rows import Dropped
 from draftsmith.models.target.prompt_template import NO_OPTIONS, TemplateOptions

@@ -9,7 +9,7 @@ from typing import Any
 
 from tiny import EOS
 
-from draftsmith.data.formats import Message
+from draftsmith.data.chats.messages import Message
 from draftsmith.data.prompts import Prompt
 from draftsmith.data.replies.server_source import ServerEngine, ServerOptions
 from draftsmith.decode.sampling import GenerationSettings

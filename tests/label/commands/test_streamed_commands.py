@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from draftsmith import cli
-from draftsmith.data.formats import Message
+from draftsmith.data.chats.messages import Message
 from draftsmith.label.answer_rows import read_answers
 from draftsmith.label.schema import Answer, Label
 from draftsmith.label.store import reader, records

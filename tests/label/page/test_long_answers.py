@@ -10,7 +10,7 @@ from page_browser import Page, Served, Visit, label_of, marked, press, shows
 
 pytest.importorskip("latex2mathml", reason="the labelling page needs the extra draftsmith[label]")
 
-from draftsmith.data.formats import Message
+from draftsmith.data.chats.messages import Message
 from draftsmith.label.page.latex import blocks
 from draftsmith.label.schema import Answer, Label
 from draftsmith.label.store.store import Store

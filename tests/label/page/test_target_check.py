@@ -23,7 +23,7 @@ pytest.importorskip("latex2mathml", reason="the labelling page needs the extra d
 
 from draftsmith import cli
 from draftsmith.data.chat_template import ChatTemplate
-from draftsmith.data.formats import Message
+from draftsmith.data.chats.messages import Message
 from draftsmith.label.commands.rows_command import make_rows
 from draftsmith.label.page.actions import LabellingActions
 from draftsmith.label.page.markable_spans import Cutter

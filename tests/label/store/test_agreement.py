@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from draftsmith.data.formats import Message
+from draftsmith.data.chats.messages import Message
 from draftsmith.label.page.markable_spans import words
 from draftsmith.label.schema import Answer, Label, Span, Verdict
 from draftsmith.label.store.agreement import (

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from draftsmith.data.formats import Message
+from draftsmith.data.chats.messages import Message
 from draftsmith.label.schema import Answer, Label
 from draftsmith.label.store.store import Store
 

@@ -11,7 +11,7 @@ import transformers
 from doubles import VOCAB, PlannedDrafter, random_model
 
 from draftsmith.data.cache.features import features, prompt_lengths
-from draftsmith.data.chat_template import TokenizedSample
+from draftsmith.data.chats.tokenized_samples import TokenizedSample
 from draftsmith.data.shards.manifest import CacheIdentity
 from draftsmith.decode.engine import Engine
 from draftsmith.decode.sampling import GenerationSettings

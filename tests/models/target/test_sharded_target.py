@@ -23,7 +23,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from draftsmith.data.cache import sharded_extraction as together
 from draftsmith.data.cache.extract import StorageOptions, extract
 from draftsmith.data.cache.reader import HiddenStateCache
-from draftsmith.data.chat_template import TokenizedSample
+from draftsmith.data.chats.tokenized_samples import TokenizedSample
 from draftsmith.data.shared_work import ShareOptions
 from draftsmith.decode.engine import Engine
 from draftsmith.decode.greedy_continuations import greedy_continuations
