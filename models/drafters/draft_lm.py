@@ -11,14 +11,13 @@ S cache slots, D hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from draftsmith.models.drafters.draft_records import Cycle, Emitted, Opening
+from draftsmith.models.drafters.draft_records import CacheState, Cycle, Emitted, Opening
 from draftsmith.models.drafters.draft_slots import DraftSlots
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.drafter_config import DrafterConfig
@@ -29,7 +28,7 @@ from draftsmith.models.files.finite import is_finite
 from draftsmith.models.files.loading import load_tokenizer
 from draftsmith.models.files.model_folder import resolve
 from draftsmith.models.files.pretrained import read_config
-from draftsmith.models.slots.slot_cache import KeptRows, SlotCache
+from draftsmith.models.slots.slot_cache import SlotCache
 from draftsmith.models.target.key_values import KeyValues, key_values_of
 from draftsmith.models.target.target import Target, TargetEnds
 from draftsmith.models.tree.limits import DraftLimits
@@ -37,31 +36,6 @@ from draftsmith.models.tree.mask import slot_positions
 from draftsmith.models.tree.steps import result_of
 from draftsmith.models.trunk.forwards import read_chunks
 from draftsmith.models.trunk.reader import within_context
-
-
-@dataclass(frozen=True)
-class DraftLMState:
-    """What a draft LM carries between cycles.
-
-    Attributes:
-        cache: its keys and values of the text, up to the tokens that are pending.
-        pending: tokens emitted since the last draft; the last one is the root, which it reads, too.
-    """
-
-    cache: SlotCache
-    pending: Emitted
-
-    def select_rows(self, kept: KeptRows) -> DraftLMState:
-        """Keep some batch rows only.
-
-        Args:
-            kept: which rows, and where they go.
-
-        Returns:
-            The state of these rows.
-        """
-        self.cache.shrink(kept)
-        return DraftLMState(self.cache, self.pending.select_rows(kept.index))
 
 
 class LMDrafter(Drafter):
@@ -152,11 +126,11 @@ class LMDrafter(Drafter):
             "train it as any language model on the target's replies"
         )
 
-    def start(self, opening: Opening) -> DraftLMState:
+    def start(self, opening: Opening) -> CacheState:
         """Read the prompts; the first emitted token is pending."""
         return result_of(self.start_in_steps(opening))
 
-    def start_in_steps(self, opening: Opening) -> Generator[None, None, DraftLMState]:
+    def start_in_steps(self, opening: Opening) -> Generator[None, None, CacheState]:
         """See :meth:`Drafter.start_in_steps`."""
         spare = 1 + max(opening.limits.max_fed, opening.limits.draft_length + 1)
         cache = SlotCache(opening.room + spare, self.lm.config.num_hidden_layers)
@@ -167,17 +141,17 @@ class LMDrafter(Drafter):
         for number, _ in enumerate(chunks):
             if (number + 1) * opening.chunk < tokens_BT.shape[1]:
                 yield
-        return DraftLMState(cache, prompt.last_only(opening.num_pending))
+        return CacheState(cache, prompt.last_only(opening.num_pending))
 
-    def advance(self, state: DraftLMState, emitted: Emitted) -> DraftLMState:  # type: ignore[override]
+    def advance(self, state: CacheState, emitted: Emitted) -> CacheState:  # type: ignore[override]
         """What was emitted is pending until the next draft."""
-        return DraftLMState(state.cache, emitted)
+        return CacheState(state.cache, emitted)
 
-    def expander(self, state: DraftLMState, cycle: Cycle, limits: DraftLimits) -> LMDraft:  # type: ignore[override]
+    def expander(self, state: CacheState, cycle: Cycle, limits: DraftLimits) -> LMDraft:  # type: ignore[override]
         """See :class:`LMDraft`."""
         return LMDraft(self, state, cycle)
 
-    def follow(self, state: DraftLMState, cycle: Cycle, limits: DraftLimits) -> DraftLMState:  # type: ignore[override]
+    def follow(self, state: CacheState, cycle: Cycle, limits: DraftLimits) -> CacheState:  # type: ignore[override]
         """See :meth:`Drafter.follow`: the pending tokens are read, and nothing is scored."""
         LMDraft(self, state, cycle).read_pending()
         return state
@@ -208,7 +182,7 @@ class LMDrafter(Drafter):
 class LMDraft:
     """One draft: the pending tokens up to the root first, then layer by layer of nodes."""
 
-    def __init__(self, drafter: LMDrafter, state: DraftLMState, cycle: Cycle) -> None:
+    def __init__(self, drafter: LMDrafter, state: CacheState, cycle: Cycle) -> None:
         self._drafter = drafter
         self._pending = state.pending
         self._slots = DraftSlots(state.cache, cycle, state.pending.tokens_BE.shape[1], ahead=1)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from draftsmith.models.slots.slot_cache import KeptRows
+from draftsmith.models.slots.slot_cache import KeptRows, SlotCache
 from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.search import Draws
 
@@ -200,3 +200,28 @@ class RootState:
             The state of these rows.
         """
         return RootState(self.context_BD[kept.index], self.root_B[kept.index])
+
+
+@dataclass(frozen=True)
+class CacheState:
+    """What drafters with keys and values of their own carry between cycles.
+
+    Attributes:
+        cache: keys and values at accepted positions, up to the tokens that are pending.
+        pending: what was emitted since the last draft, with the target's states where the drafter reads them; its last token is the root.
+    """
+
+    cache: SlotCache
+    pending: Emitted
+
+    def select_rows(self, kept: KeptRows) -> CacheState:
+        """Keep some batch rows only.
+
+        Args:
+            kept: which rows, and where they go.
+
+        Returns:
+            The state of these rows.
+        """
+        self.cache.shrink(kept)
+        return CacheState(self.cache, self.pending.select_rows(kept.index))

@@ -1,8 +1,8 @@
 """Where a drafter with keys and values of its own writes one draft, and what each drafted node sees.
 
 Owns the bookkeeping that a draft layer and an ordinary draft LM share. Their cache holds the accepted text only. The nodes of a draft
-lie behind it, and the next draft overwrites them. Owns the state of drafters whose layers read pairs of a token and the target's state
-before it, and how the pairs of a prompt are read. Knows nothing of layers.
+lie behind it, and the next draft overwrites them. Owns how the pairs of a prompt, a token and the target's state before it, are read.
+Knows nothing of layers.
 
 Shape legend: B batch rows, E fresh tokens, M nodes of a layer, S visible slots.
 """
@@ -10,45 +10,19 @@ Shape legend: B batch rows, E fresh tokens, M nodes of a layer, S visible slots.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from draftsmith.models.drafters.draft_records import Cycle, Emitted, Opening
+from draftsmith.models.drafters.draft_records import CacheState, Cycle, Emitted, Opening
 from draftsmith.models.slots.constants import counting
-from draftsmith.models.slots.slot_cache import KeptRows, SlotCache
-
-
-@dataclass(frozen=True)
-class PairState:
-    """What a drafter whose layers read pairs carries between cycles.
-
-    Attributes:
-        cache: keys and values of its layers at accepted positions, up to the pairs that are pending.
-        pending: what was emitted since the last draft, with the target's states.
-    """
-
-    cache: SlotCache
-    pending: Emitted
-
-    def select_rows(self, kept: KeptRows) -> PairState:
-        """Keep some batch rows only.
-
-        Args:
-            kept: which rows, and where they go.
-
-        Returns:
-            The state of these rows.
-        """
-        self.cache.shrink(kept)
-        return PairState(self.cache, self.pending.select_rows(kept.index))
+from draftsmith.models.slots.slot_cache import SlotCache
 
 
 def read_prompt(
     opening: Opening, cache: SlotCache, write: Callable[[Emitted, Tensor], object]
-) -> Generator[None, None, PairState]:
+) -> Generator[None, None, CacheState]:
     """Read the pairs of the prompts, in chunks, and give control back between two of them. The last pair stays pending.
 
     Behind the pairs of shorter prompts, padding is written, which the drafts write over.
@@ -70,7 +44,7 @@ def read_prompt(
         positions_BE = torch.arange(begin, end, device=prompt.tokens_BE.device).expand(B, -1)
         cache.aim(positions_BE, end, begin)
         write(prompt.slots(begin, end), positions_BE)
-    return PairState(cache, prompt.last_only(opening.num_pending))
+    return CacheState(cache, prompt.last_only(opening.num_pending))
 
 
 class DraftSlots:

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from draftsmith.models.drafters.draft_records import Cycle
+from draftsmith.models.drafters.draft_records import CacheState, Cycle
 from draftsmith.models.drafters.draft_slots import DraftSlots
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.family import About, DrafterFamily, Family
 from draftsmith.models.drafters.parallel_draft import ParallelDraft
 from draftsmith.models.drafters.rollout import PackedBatch, Rollout
-from draftsmith.models.families.eagle_base import EagleBase, EagleState, FeatureDraft
+from draftsmith.models.families.eagle_base import EagleBase, FeatureDraft
 from draftsmith.models.families.eagle_config import NO_LAYERS, EagleConfig, block_outputs, check_window, layer_fields
 from draftsmith.models.families.eagle_layer import DeeperLayer, DraftLayer, rms_norm
 from draftsmith.models.files.field_rules import FLAG, NAMES, PARTS, TOKEN_OR_NULL, Rule
@@ -292,7 +292,7 @@ class Eagle3(EagleBase):
         # As at pairs of the text: under autocast, fc gives a narrower dtype.
         return embedded_D, self.read(dict(zip(self.config.layers, parts, strict=True))).to(embedded_D.dtype)
 
-    def expander(self, state: EagleState, cycle: Cycle, limits: DraftLimits) -> FeatureDraft | MaskedDraft:  # type: ignore[override]
+    def expander(self, state: CacheState, cycle: Cycle, limits: DraftLimits) -> FeatureDraft | MaskedDraft:  # type: ignore[override]
         """See :class:`FeatureDraft`, and with ``parallel`` :class:`MaskedDraft`."""
         if self.config.parallel:
             return MaskedDraft(self, state, cycle, limits.draft_length)
@@ -315,7 +315,7 @@ class MaskedDraft(ParallelDraft):
         depth: K.
     """
 
-    def __init__(self, drafter: Eagle3, state: EagleState, cycle: Cycle, depth: int) -> None:
+    def __init__(self, drafter: Eagle3, state: CacheState, cycle: Cycle, depth: int) -> None:
         last_B1 = state.pending.counts_B[:, None] - 1
         root_B = state.pending.tokens_BE.gather(1, last_B1).squeeze(1)
         super().__init__(drafter, root_B)

@@ -20,8 +20,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from draftsmith.models.drafters.draft_records import Cycle, Emitted, Opening
-from draftsmith.models.drafters.draft_slots import DraftSlots, PairState, read_prompt, seen_text
+from draftsmith.models.drafters.draft_records import CacheState, Cycle, Emitted, Opening
+from draftsmith.models.drafters.draft_slots import DraftSlots, read_prompt, seen_text
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.rollout import PackedBatch, Rollout
 from draftsmith.models.families.eagle_config import EagleConfig, check_window
@@ -33,8 +33,6 @@ from draftsmith.models.slots.slot_cache import SlotCache
 from draftsmith.models.target.key_values import KeyValues
 from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.steps import result_of
-
-EagleState = PairState
 
 
 class EagleBase(Drafter):
@@ -244,11 +242,11 @@ class EagleBase(Drafter):
         noise_TD = (torch.rand_like(known_TD) * 2.0 - 1.0) * self.feature_noise
         return known_TD + noise_TD * (512.0 / lengths_T)[:, None].to(known_TD.dtype)
 
-    def start(self, opening: Opening) -> EagleState:
+    def start(self, opening: Opening) -> CacheState:
         """Read the pairs of the prompts, in chunks; the last one, which the first draft hangs on, stays pending."""
         return result_of(self.start_in_steps(opening))
 
-    def start_in_steps(self, opening: Opening) -> Generator[None, None, EagleState]:
+    def start_in_steps(self, opening: Opening) -> Generator[None, None, CacheState]:
         """See :meth:`Drafter.start_in_steps`."""
         spare = max(opening.limits.max_fed, opening.limits.draft_length + 1)
         cache = SlotCache(opening.room + spare, num_layers=len(self.stack))
@@ -321,15 +319,15 @@ class EagleBase(Drafter):
         keys_BEGD, values_BEGD = self.stack[-1].keys_values(inputs_BEI, rotation)
         return cache.update(keys_BEGD.transpose(1, 2), values_BEGD.transpose(1, 2), len(self.stack) - 1)
 
-    def advance(self, state: EagleState, emitted: Emitted) -> EagleState:  # type: ignore[override]
+    def advance(self, state: CacheState, emitted: Emitted) -> CacheState:  # type: ignore[override]
         """What was emitted is pending until the next draft."""
-        return EagleState(state.cache, emitted)
+        return CacheState(state.cache, emitted)
 
-    def expander(self, state: EagleState, cycle: Cycle, limits: DraftLimits) -> FeatureDraft:  # type: ignore[override]
+    def expander(self, state: CacheState, cycle: Cycle, limits: DraftLimits) -> FeatureDraft:  # type: ignore[override]
         """See :class:`FeatureDraft`."""
         return FeatureDraft(self, state, cycle, limits.draft_length)
 
-    def follow(self, state: EagleState, cycle: Cycle, limits: DraftLimits) -> EagleState:  # type: ignore[override]
+    def follow(self, state: CacheState, cycle: Cycle, limits: DraftLimits) -> CacheState:  # type: ignore[override]
         """See :meth:`Drafter.follow`: keys and values of the pending pairs only."""
         FeatureDraft(self, state, cycle, limits.draft_length).read_pending()
         return state
@@ -359,7 +357,7 @@ class FreshPairs:
 class FeatureDraft:
     """One draft of an EAGLE drafter: the accepted pairs with the target's states first, then nodes with the layer's own output."""
 
-    def __init__(self, drafter: EagleBase, state: EagleState, cycle: Cycle, depth: int) -> None:
+    def __init__(self, drafter: EagleBase, state: CacheState, cycle: Cycle, depth: int) -> None:
         self.target_ids = drafter.to_target_ids
         self._drafter, self._layer = drafter, drafter.stack[-1]
         self._pending = state.pending

@@ -20,8 +20,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from draftsmith.models.drafters.draft_records import Cycle, Emitted, Opening, RootState
-from draftsmith.models.drafters.draft_slots import PairState
+from draftsmith.models.drafters.draft_records import CacheState, Cycle, Emitted, Opening, RootState
 from draftsmith.models.drafters.drafter_config import DrafterConfig
 from draftsmith.models.drafters.family import About, DrafterFamily, Family
 from draftsmith.models.drafters.parallel_draft import ParallelDraft
@@ -46,7 +45,7 @@ from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.steps import result_of
 
 HeadOwner = Literal["target", "shared", "per_step"]
-HeadsState = RootState | PairState
+HeadsState = RootState | CacheState
 DEFAULT_RANK = 64
 PREFIX_FIELDS = tuple(name for name in LayerConfig.rules if name not in DrafterConfig.rules)
 
@@ -282,11 +281,11 @@ class HeadsDrafter(TargetHead, FromFields):
 
     def advance(self, state: HeadsState, emitted: Emitted) -> HeadsState:  # type: ignore[override]
         """The last emitted token and the state that predicted it; what a prefix layer has not read is pending."""
-        return PairState(state.cache, emitted) if isinstance(state, PairState) else self._at(emitted)
+        return CacheState(state.cache, emitted) if isinstance(state, CacheState) else self._at(emitted)
 
     def expander(self, state: HeadsState, cycle: Cycle, limits: DraftLimits) -> HeadsDraft | ParallelHeadsDraft:  # type: ignore[override]
         """See :class:`HeadsDraft` and :class:`ParallelHeadsDraft`."""
-        if isinstance(state, PairState):
+        if isinstance(state, CacheState):
             assert self.prefix is not None
             state = RootState(self.prefix.at_last(state, cycle, self._states), state.pending.root_B)
         if self.steps.reads_tokens:
@@ -295,7 +294,7 @@ class HeadsDrafter(TargetHead, FromFields):
 
     def follow(self, state: HeadsState, cycle: Cycle, limits: DraftLimits) -> HeadsState:  # type: ignore[override]
         """See :meth:`Drafter.follow`: keys and values of a prefix layer only."""
-        if isinstance(state, PairState):
+        if isinstance(state, CacheState):
             self.expander(state, cycle, limits)
         return state
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from draftsmith.models.drafters.draft_records import Cycle, Emitted, Opening
-from draftsmith.models.drafters.draft_slots import DraftSlots, PairState, read_prompt
+from draftsmith.models.drafters.draft_records import CacheState, Cycle, Emitted, Opening
+from draftsmith.models.drafters.draft_slots import DraftSlots, read_prompt
 from draftsmith.models.drafters.rollout import PackedBatch
 from draftsmith.models.families.eagle_layer import DraftLayer, Rotation, rms_norm
 from draftsmith.models.slots.attention import attend
@@ -61,7 +61,7 @@ class PrefixLayer(nn.Module):
         queries = self.layer.queries(inputs_TD[anchors_A], (rotation[0][anchors_A], rotation[1][anchors_A]))
         return self.layer.finish(states_TD[anchors_A], attention(queries, []))
 
-    def start_in_steps(self, opening: Opening, read: Reader) -> Generator[None, None, PairState]:
+    def start_in_steps(self, opening: Opening, read: Reader) -> Generator[None, None, CacheState]:
         """Read the states of the prompts, in chunks; the last one stays pending.
 
         Args:
@@ -79,7 +79,7 @@ class PrefixLayer(nn.Module):
 
         return (yield from read_prompt(opening, cache, write))
 
-    def at_last(self, state: PairState, cycle: Cycle, read: Reader) -> Tensor:
+    def at_last(self, state: CacheState, cycle: Cycle, read: Reader) -> Tensor:
         """Write keys and values of all pending pairs, and run the layer at the last one of each row.
 
         Args:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from draftsmith.decode import Engine, GenerationSettings
 from draftsmith.models import DraftLimits, Eagle, Eagle3, EarlyStop, Emitted, Target
-from draftsmith.models.families.eagle_base import EagleBase, EagleState
+from draftsmith.models.drafters.draft_records import CacheState
+from draftsmith.models.families.eagle_base import EagleBase
 
 PROMPTS = [[BOS, 5, 9, 11, 4], [BOS, 7], [BOS, 8, 8, 8, 30, 31, 32, 33, 34, 35, 36]]
 FAMILIES = (Eagle, Eagle3)
@@ -69,10 +70,10 @@ def test_rows_that_end_early_leave_the_others_undisturbed(target: Target, drafte
 def test_after_many_cycles_the_cached_keys_are_those_of_the_accepted_text(
     target: Target, drafter: EagleBase, limits: DraftLimits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    states: list[EagleState] = []
+    states: list[CacheState] = []
     advance = type(drafter).advance
 
-    def noted(self: EagleBase, state: EagleState, emitted: Emitted) -> EagleState:
+    def noted(self: EagleBase, state: CacheState, emitted: Emitted) -> CacheState:
         states.append(state)
         return advance(self, state, emitted)
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from draftsmith.models.drafters.draft_records import Cycle
-from draftsmith.models.drafters.draft_slots import DraftSlots, PairState
+from draftsmith.models.drafters.draft_records import CacheState, Cycle
+from draftsmith.models.drafters.draft_slots import DraftSlots
 from draftsmith.models.drafters.parallel_draft import ParallelDraft
 from draftsmith.models.families.block.block_correction import Correction, LookAround
 from draftsmith.models.families.block.block_layer import BlockLayer
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class BlockDraft(ParallelDraft):
     """One draft: the block is computed once. Nodes of one depth have the same continuations, but for what a correction adds."""
 
-    def __init__(self, drafter: BlockDrafter, state: PairState, cycle: Cycle, draft_length: int) -> None:
+    def __init__(self, drafter: BlockDrafter, state: CacheState, cycle: Cycle, draft_length: int) -> None:
         pending = state.pending
         corrected = isinstance(drafter.correction, Correction)
         super().__init__(drafter, pending.root_B, drafter.num_candidates, corrected)

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from draftsmith.models.drafters.draft_records import Cycle, Emitted, Opening
-from draftsmith.models.drafters.draft_slots import DraftSlots, PairState, read_prompt
+from draftsmith.models.drafters.draft_records import CacheState, Cycle, Emitted, Opening
+from draftsmith.models.drafters.draft_slots import DraftSlots, read_prompt
 from draftsmith.models.drafters.rollout import PackedBatch, Rollout
 from draftsmith.models.families.block.block_confidence import ConfidenceHead
 from draftsmith.models.families.block.block_config import BlockConfig, default_layers
@@ -250,11 +250,11 @@ class BlockDrafter(TargetHead, FromFields):
             parts.append(part_Ar)
         return torch.cat([outputs_KAD, torch.stack(parts).to(outputs_KAD.dtype)], dim=-1)
 
-    def start(self, opening: Opening) -> PairState:
+    def start(self, opening: Opening) -> CacheState:
         """Read the context of the prompts, in chunks."""
         return result_of(self.start_in_steps(opening))
 
-    def start_in_steps(self, opening: Opening) -> Generator[None, None, PairState]:
+    def start_in_steps(self, opening: Opening) -> Generator[None, None, CacheState]:
         """See :meth:`Drafter.start_in_steps`."""
         # Behind the block is one more slot; see DraftSlots.aim_block.
         cache = SlotCache(opening.room + self.config.block_size + 1, num_layers=len(self.layers))
@@ -279,15 +279,15 @@ class BlockDrafter(TargetHead, FromFields):
             keys, values = layer.keys_values(context_BED, rotation)
             cache.update(keys.transpose(1, 2), values.transpose(1, 2), number)
 
-    def advance(self, state: PairState, emitted: Emitted) -> PairState:  # type: ignore[override]
+    def advance(self, state: CacheState, emitted: Emitted) -> CacheState:  # type: ignore[override]
         """What was emitted is pending until the next draft."""
-        return PairState(state.cache, emitted)
+        return CacheState(state.cache, emitted)
 
-    def expander(self, state: PairState, cycle: Cycle, limits: DraftLimits) -> BlockDraft:  # type: ignore[override]
+    def expander(self, state: CacheState, cycle: Cycle, limits: DraftLimits) -> BlockDraft:  # type: ignore[override]
         """See :class:`BlockDraft`."""
         return BlockDraft(self, state, cycle, limits.draft_length)
 
-    def follow(self, state: PairState, cycle: Cycle, limits: DraftLimits) -> PairState:  # type: ignore[override]
+    def follow(self, state: CacheState, cycle: Cycle, limits: DraftLimits) -> CacheState:  # type: ignore[override]
         """See :meth:`Drafter.follow`: keys and values of the pending pairs only."""
         slots = DraftSlots(state.cache, cycle, state.pending.tokens_BE.shape[1])
         positions_BE = slots.aim_fresh(state.pending.counts_B)

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from draftsmith.models.drafters.draft_records import Cycle, Emitted, Opening
+from draftsmith.models.drafters.draft_records import CacheState, Cycle, Emitted, Opening
 from draftsmith.models.drafters.family import About, Family
 from draftsmith.models.drafters.rollout import PackedBatch, Rollout
 from draftsmith.models.families.eagle import Eagle, EagleFamily
-from draftsmith.models.families.eagle_base import EagleState, FeatureDraft
+from draftsmith.models.families.eagle_base import FeatureDraft
 from draftsmith.models.families.eagle_config import EagleConfig
 from draftsmith.models.tree.limits import DraftLimits
 
@@ -106,19 +106,19 @@ class Chimera(Eagle):
         """See :meth:`EagleBase.embed_pairs`."""
         return self.encoded(pairs.tokens_BE, pairs.features[BEFORE])
 
-    def start_in_steps(self, opening: Opening) -> Generator[None, None, EagleState]:
+    def start_in_steps(self, opening: Opening) -> Generator[None, None, CacheState]:
         """See :meth:`Drafter.start_in_steps`; each pair is given the tokens before it."""
         first_B1 = opening.first_B[:, None]
         nothing_B1 = torch.full_like(first_B1, NO_TOKEN)
         prompt = _with_before(opening.prompt, torch.cat([nothing_B1, first_B1], dim=1))
         return (yield from super().start_in_steps(replace(opening, prompt=prompt)))
 
-    def advance(self, state: EagleState, emitted: Emitted) -> EagleState:  # type: ignore[override]
+    def advance(self, state: CacheState, emitted: Emitted) -> CacheState:  # type: ignore[override]
         """See :meth:`EagleBase.advance`; each pair is given the tokens before it."""
         root_B, before_B2 = state.pending.last(BEFORE)
         return super().advance(state, _with_before(emitted, torch.stack([before_B2[:, 0], root_B], dim=1)))
 
-    def expander(self, state: EagleState, cycle: Cycle, limits: DraftLimits) -> ChimeraDraft:  # type: ignore[override]
+    def expander(self, state: CacheState, cycle: Cycle, limits: DraftLimits) -> ChimeraDraft:  # type: ignore[override]
         """See :class:`ChimeraDraft`."""
         return ChimeraDraft(self, state, cycle, limits.draft_length)
 
@@ -126,7 +126,7 @@ class Chimera(Eagle):
 class ChimeraDraft(FeatureDraft):
     """One draft: every node knows the two tokens above it."""
 
-    def __init__(self, drafter: Chimera, state: EagleState, cycle: Cycle, depth: int) -> None:
+    def __init__(self, drafter: Chimera, state: CacheState, cycle: Cycle, depth: int) -> None:
         super().__init__(drafter, state, cycle, depth)
         self._chimera = drafter
         root_B, before_B2 = state.pending.last(BEFORE)
