@@ -18,12 +18,12 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from draftsmith.models.drafters.draft_head import DraftHead
 from draftsmith.models.drafters.draft_records import Cycle, DraftState, Emitted, Opening
 from draftsmith.models.drafters.drafter_config import DrafterConfig
 from draftsmith.models.drafters.drafter_reader import read_drafter
 from draftsmith.models.drafters.returned_shapes import check_features, checked_expander
 from draftsmith.models.drafters.rollout import PackedBatch, Rollout
+from draftsmith.models.drafters.scoring_module import ScoringModule
 from draftsmith.models.target.key_values import KeyValues
 from draftsmith.models.target.target import PRE_NORM, Target, TargetEnds
 from draftsmith.models.tree.kept_logits import KeptLogits
@@ -36,7 +36,7 @@ from draftsmith.models.tree.tree import DraftTree
 from draftsmith.models.trunk.riders import Riders
 
 
-class Drafter(DraftHead):
+class Drafter(ScoringModule):
     """A small trained module that proposes tokens from a frozen target's states.
 
     Saved and loaded as any ``PreTrainedModel``. The target's frozen ends (embedding, final norm, head) are borrowed through

@@ -17,8 +17,8 @@ from draftsmith.models.target.bound_module import BoundModule
 from draftsmith.models.tree.shortlist import likeliest_alone
 
 
-class DraftHead(BoundModule):
-    """The draft vocabulary and the output heads of a drafter.
+class ScoringModule(BoundModule):
+    """A module that is bound to a target and scores draft tokens: the draft vocabulary and the output heads of a drafter.
 
     Args:
         config: of the drafter.
@@ -136,7 +136,7 @@ class DraftHead(BoundModule):
     @property
     def has_one_head(self) -> bool:
         """Whether one output head serves every draft step."""
-        return type(self).step_weight is DraftHead.step_weight
+        return type(self).step_weight is ScoringModule.step_weight
 
     @property
     def correction_weight(self) -> Tensor | None:
