@@ -29,7 +29,8 @@ from benchmarks.drafters.families_plan import REPLY_TOKENS, Bench
 from benchmarks.drafters.recipes import QUIET, RECIPES, Recipe
 from benchmarks.machine import machine_section
 from draftsmith import provenance
-from draftsmith.data.cache.extract import StorageOptions, extract
+from draftsmith.data.cache.extract import extract
+from draftsmith.data.cache.extraction import StorageOptions
 from draftsmith.data.cache.reader import HiddenStateCache
 from draftsmith.data.shards.packing import packed_batches
 from draftsmith.decode import Engine, GenerationSettings

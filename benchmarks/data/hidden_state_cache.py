@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from draftsmith.data.cache.extract import HiddenStateCache, StorageOptions, extract
+from draftsmith.data.cache.extract import HiddenStateCache, extract
+from draftsmith.data.cache.extraction import StorageOptions
 from draftsmith.data.cache.features import features, length_batches, padded_ids
 from draftsmith.data.chat_template import ChatTemplate
 from draftsmith.data.chats.tokenized_samples import TokenizedSample

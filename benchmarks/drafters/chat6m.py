@@ -22,7 +22,8 @@ from typing import Any
 from benchmarks.drafters.recipes import Recipe, Trained
 from benchmarks.drafters.recipes import train as train_recipe
 from draftsmith import provenance
-from draftsmith.data.cache.extract import StorageOptions, extract
+from draftsmith.data.cache.extract import extract
+from draftsmith.data.cache.extraction import StorageOptions
 from draftsmith.data.prompts import PromptSelection
 from draftsmith.evaluate.evaluate_command import evaluate
 from draftsmith.evaluate.measure import Plan

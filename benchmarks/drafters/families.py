@@ -32,7 +32,8 @@ from benchmarks.drafters.families_plan import DEFAULT, DRAWN, FULL, REPLY_TOKENS
 from benchmarks.drafters.recipes import Trained, train
 from benchmarks.machine import machine_section
 from draftsmith import provenance
-from draftsmith.data.cache.extract import StorageOptions, extract
+from draftsmith.data.cache.extract import extract
+from draftsmith.data.cache.extraction import StorageOptions
 from draftsmith.data.cache.reader import HiddenStateCache
 from draftsmith.data.prompts import PromptSelection
 from draftsmith.data.shards.packing import pack

@@ -25,7 +25,8 @@ from benchmarks.drafters.counting import Counted, KeptCounts, count, paired_rati
 from benchmarks.drafters.recipes import ALL_RECIPES, Trained, train
 from benchmarks.machine import machine_section
 from draftsmith import provenance
-from draftsmith.data.cache.extract import StorageOptions, extract
+from draftsmith.data.cache.extract import extract
+from draftsmith.data.cache.extraction import StorageOptions
 from draftsmith.data.prompts import PromptSelection
 from draftsmith.decode.engine import Engine
 from draftsmith.decode.sampling import ReplyOptions

@@ -16,7 +16,8 @@ import pytorch_lightning as pl
 from pytorch_lightning.utilities.types import STEP_OUTPUT
 
 from benchmarks.drafters.recipes import ALL_RECIPES, PILOT_STEPS, QUIET, Counter, train
-from draftsmith.data.cache.extract import StorageOptions, extract
+from draftsmith.data.cache.extract import extract
+from draftsmith.data.cache.extraction import StorageOptions
 from draftsmith.data.replies.ngrams_command import ngrams
 from draftsmith.files import atomic_write
 from draftsmith.models.families.block import default_layers

@@ -41,7 +41,8 @@ from benchmarks.train.pairs import pair_rows
 from benchmarks.train.products import Recorder, Replay
 from benchmarks.train.step_clock import PhaseProfiler, Round, StepClock
 from draftsmith import provenance
-from draftsmith.data.cache.extract import HiddenStateCache, StorageOptions, extract
+from draftsmith.data.cache.extract import HiddenStateCache, extract
+from draftsmith.data.cache.extraction import StorageOptions
 from draftsmith.data.cache.features import features
 from draftsmith.data.chat_template import ChatTemplate
 from draftsmith.data.corpus import Corpus

@@ -185,3 +185,26 @@ def cut(sample: TokenizedSample, max_length: int) -> TokenizedSample:
         return sample
     ids, mask = sample.input_ids[:max_length], sample.loss_mask[:max_length]
     return replace(sample, input_ids=ids, loss_mask=mask, kinds=sample.kinds[:max_length])
+
+
+def sample_length(asked: int | None, context: int | None, target: str) -> int:
+    """The tokens that samples are cut to: as many as asked for, or the target's whole context.
+
+    Args:
+        asked: in tokens; None for the context.
+        context: of the target, in tokens; None where nobody knows.
+        target: its name, for the message.
+
+    Returns:
+        Tokens.
+
+    Raises:
+        ValueError: less than 2, more than the context, or neither is known.
+    """
+    if asked is not None and asked < 2:
+        raise ValueError(f"max_length is {asked}; a sample needs at least 2 tokens")
+    if context is not None and asked is not None and asked > context:
+        raise ValueError(f"max_length is {asked}, but {target} has a context of {context} tokens; set at most that")
+    if asked is None and context is None:
+        raise ValueError(f"{target} does not say how long its context is; set max_length")
+    return asked or context or 0

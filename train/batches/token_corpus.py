@@ -20,10 +20,9 @@ import numpy as np
 import torch
 
 from draftsmith import provenance
-from draftsmith.data.cache.extract import sample_length
 from draftsmith.data.chat_template import chat_of
 from draftsmith.data.chats.token_kinds import EVERYTHING, TrainedOn
-from draftsmith.data.chats.tokenized_samples import TokenizedSample, cut
+from draftsmith.data.chats.tokenized_samples import TokenizedSample, cut, sample_length
 from draftsmith.data.corpus import Corpus, why_unlabelled
 from draftsmith.data.progress import progress
 from draftsmith.data.shards.lengths import write_lengths

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.drafters import acceptance
-from draftsmith.data.cache.extract import StorageOptions, extract
+from draftsmith.data.cache.extract import extract
+from draftsmith.data.cache.extraction import StorageOptions
 from draftsmith.embedded import path
 from draftsmith.models.families import block
 from draftsmith.models.target.target import PRE_NORM, TargetEnds

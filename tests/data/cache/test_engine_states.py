@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from draftsmith.data.cache import extract as command
+from draftsmith.data.cache import extraction
 from draftsmith.data.cache.engine_states import EngineOptions, ServerStates, StatesLayout, layer_names
-from draftsmith.data.cache.extract import HiddenStateCache, StorageOptions, extract
+from draftsmith.data.cache.extract import HiddenStateCache, extract
+from draftsmith.data.cache.extraction import StorageOptions
 from draftsmith.data.chats.tokenized_samples import TokenizedSample
 from draftsmith.models.target.target import PRE_NORM, Target
 
@@ -203,7 +204,7 @@ def test_a_server_is_asked_for_each_sample_and_its_files_are_taken_away(
     loaded = Target.load(str(target))
     fake = FakeEngine(loaded, folder)
     monkeypatch.setattr(
-        command, "open_source", lambda options, ends, stored, length: ServerStates(options.states, LAYOUT, fake)
+        extraction, "open_source", lambda options, ends, stored, length: ServerStates(options.states, LAYOUT, fake)
     )
     extract(str(target), reply_file, tmp_path / "own", storage=WHOLE)
     engine = EngineOptions(folder, COUNTED, "http://fake")

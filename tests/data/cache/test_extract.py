@@ -15,7 +15,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from draftsmith.data.cache.extract import HiddenStateCache, StorageOptions, extract, verify
+from draftsmith.data.cache.extract import HiddenStateCache, extract, verify
+from draftsmith.data.cache.extraction import StorageOptions
 from draftsmith.data.cache.features import features, length_batches
 from draftsmith.data.chats.tokenized_samples import TokenizedSample
 from draftsmith.data.shards import shards
@@ -413,14 +414,15 @@ def test_a_cache_records_what_auto_means_and_resumes_under_either_name(
 SLOW_EXTRACT = """
 import sys, time
 from pathlib import Path
-from draftsmith.data.cache import extract as hidden_states
-real = hidden_states.features
+from draftsmith.data.cache import extraction
+from draftsmith.data.cache.extract import extract
+real = extraction.features
 def slow(*arguments):
     time.sleep(0.5)
     return real(*arguments)
-hidden_states.features = slow
-storage = hidden_states.StorageOptions(shard_mib=0.003, local_horizon=2)
-hidden_states.extract(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), storage=storage)
+extraction.features = slow
+storage = extraction.StorageOptions(shard_mib=0.003, local_horizon=2)
+extract(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), storage=storage)
 """
 
 

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from tiny import TEMPLATE
 
 from draftsmith.data import corpus as corpus_module
-from draftsmith.data.cache.extract import HiddenStateCache, StorageOptions, extract
+from draftsmith.data.cache.extract import HiddenStateCache, extract
+from draftsmith.data.cache.extraction import StorageOptions
 from draftsmith.data.cache.shared_survey import shared_survey
 from draftsmith.data.chat_template import ChatTemplate
 from draftsmith.data.corpus import Corpus
@@ -107,14 +108,15 @@ def test_a_cache_is_incomplete_until_the_last_rank_is_done(
 WORKER = """
 import os, sys, time
 from pathlib import Path
-from draftsmith.data.cache import extract as hidden_states
-real = hidden_states.features
+from draftsmith.data.cache import extraction
+from draftsmith.data.cache.extract import extract
+real = extraction.features
 def slow(*arguments):
     time.sleep(float(os.environ["SLOW"]))
     return real(*arguments)
-hidden_states.features = slow
-storage = hidden_states.StorageOptions(shard_mib=0.002, max_length=120)
-hidden_states.extract(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), storage=storage)
+extraction.features = slow
+storage = extraction.StorageOptions(shard_mib=0.002, max_length=120)
+extract(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), storage=storage)
 """
 
 

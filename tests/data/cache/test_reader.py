@@ -10,7 +10,8 @@ import safetensors
 import torch
 
 from draftsmith.data.cache import local_shards as shards_module
-from draftsmith.data.cache.extract import HiddenStateCache, StorageOptions, extract
+from draftsmith.data.cache.extract import HiddenStateCache, extract
+from draftsmith.data.cache.extraction import StorageOptions
 from draftsmith.data.shards.manifest import Manifest
 
 

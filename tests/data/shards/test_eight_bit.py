@@ -11,7 +11,8 @@ from judging import judge_data, labelled_states, rows_of, save_rows
 from training import KeepLosses, make_module, make_trainer
 
 from draftsmith.data.cache.disk_use import bytes_as_files, file_overhead
-from draftsmith.data.cache.extract import HiddenStateCache, StorageOptions, compare, extract, verify
+from draftsmith.data.cache.extract import HiddenStateCache, compare, extract, verify
+from draftsmith.data.cache.extraction import StorageOptions
 from draftsmith.data.cache.features import _ends_of_copies, features
 from draftsmith.data.cache.show import show
 from draftsmith.data.chats.tokenized_samples import TokenizedSample

@@ -17,7 +17,8 @@ from tiny import save_target
 from training import make_trainer
 from transformers import LlamaForCausalLM
 
-from draftsmith.data.cache.extract import StorageOptions, extract
+from draftsmith.data.cache.extract import extract
+from draftsmith.data.cache.extraction import StorageOptions
 from draftsmith.data.replies.reply_settings import Overrides
 from draftsmith.data.replies.respond import respond
 from draftsmith.decode.sampling import ReplyOptions

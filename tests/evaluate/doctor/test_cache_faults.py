@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from tiny import EOS
 from torch import Tensor
 
-from draftsmith.data.cache.extract import StorageOptions, extract
+from draftsmith.data.cache.extract import extract
+from draftsmith.data.cache.extraction import StorageOptions
 from draftsmith.models import TargetEnds
 
 

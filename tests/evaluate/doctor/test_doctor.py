@@ -15,7 +15,8 @@ from tiny import EOS
 from torch import Tensor
 
 from draftsmith.cli import main
-from draftsmith.data.cache.extract import StorageOptions, extract
+from draftsmith.data.cache.extract import extract
+from draftsmith.data.cache.extraction import StorageOptions
 from draftsmith.evaluate.doctor.case import Use
 from draftsmith.evaluate.doctor.doctor_command import NAMES, Bounds
 from draftsmith.models import Eagle, Eagle3, Target, TargetEnds

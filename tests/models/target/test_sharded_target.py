@@ -21,7 +21,8 @@ from transformers.distributed import DistributedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from draftsmith.data.cache import sharded_extraction as together
-from draftsmith.data.cache.extract import StorageOptions, extract
+from draftsmith.data.cache.extract import extract
+from draftsmith.data.cache.extraction import StorageOptions
 from draftsmith.data.cache.reader import HiddenStateCache
 from draftsmith.data.chats.tokenized_samples import TokenizedSample
 from draftsmith.data.shared_work import ShareOptions

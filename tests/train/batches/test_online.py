@@ -27,7 +27,8 @@ from torch.utils.data import DataLoader
 from training import PROMPT, VOCAB, KeepLosses, make_module, make_trainer, tiny_config
 from transformers import AutoModel
 
-from draftsmith.data.cache.extract import StorageOptions, extract
+from draftsmith.data.cache.extract import extract
+from draftsmith.data.cache.extraction import StorageOptions
 from draftsmith.data.cache.reader import HiddenStateCache
 from draftsmith.data.chats.token_kinds import TrainedOn
 from draftsmith.models.drafters.rollout import PackedBatch
