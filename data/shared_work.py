@@ -58,42 +58,29 @@ class ShareOptions:
     world_size: int | None = None
 
     def own(self) -> Share:
-        """The share that is asked for.
+        """The share that is asked for; by default that of the environment, where torchrun sets both, or all of the job.
 
         Returns:
             The share.
 
         Raises:
-            ValueError: as `own_share`.
+            ValueError: a rank outside of 0 to world_size - 1, or only one of the two is known.
         """
-        return own_share(self.rank, self.world_size)
+        rank, world_size = self.rank, self.world_size
+        if (rank is None) != (world_size is None):
+            raise ValueError(f"rank is {rank} and world_size {world_size}; give both or neither")
+        if rank is None or world_size is None:
+            # Lightning leaves WORLD_SIZE alone behind in a process that has trained: one of the two says nothing.
+            launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+            rank, world_size = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if launched else (0, 1)
+        if not 0 <= rank < world_size:
+            raise ValueError(
+                f"rank {rank} of {world_size} processes does not exist; ranks run from 0 to world_size - 1"
+            )
+        return Share(rank, world_size)
 
 
 OWN_SHARE = ShareOptions()
-
-
-def own_share(rank: int | None = None, world_size: int | None = None) -> Share:
-    """The share that is asked for; by default RANK and WORLD_SIZE of the environment, as torchrun sets both, or a single process.
-
-    Args:
-        rank: of this process, from 0.
-        world_size: how many processes share the job.
-
-    Returns:
-        The share.
-
-    Raises:
-        ValueError: a rank outside of 0 to world_size - 1, or only one of the two is known.
-    """
-    if (rank is None) != (world_size is None):
-        raise ValueError(f"rank is {rank} and world_size {world_size}; give both or neither")
-    if rank is None or world_size is None:
-        # Lightning leaves WORLD_SIZE alone behind in a process that has trained: one of the two says nothing.
-        launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-        rank, world_size = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if launched else (0, 1)
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank {rank} of {world_size} processes does not exist; ranks run from 0 to world_size - 1")
-    return Share(rank, world_size)
 
 
 @contextlib.contextmanager

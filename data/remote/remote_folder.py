@@ -21,7 +21,7 @@ import fsspec
 import torch
 from torch import Tensor
 
-from draftsmith.data.remote.safetensors_head import Head, head_size, parse_head
+from draftsmith.data.remote.safetensors_header import Header, header_size, parse_header
 from draftsmith.extras import install_command
 from draftsmith.models.files.field_rules import safe_file_name
 
@@ -152,7 +152,7 @@ class RemoteFolder:
         place = f"{root}/{safe_file_name(name, self.url)}"
         return self._persist(name, lambda: bytes(file_system.cat_file(place)))
 
-    def head(self, name: str, num_bytes: int) -> Head:
+    def header(self, name: str, num_bytes: int) -> Header:
         """Read what a safetensors file says of its tensors, without reading them.
 
         Args:
@@ -160,23 +160,23 @@ class RemoteFolder:
             num_bytes: its size.
 
         Returns:
-            The head.
+            The header.
 
         Raises:
             FileNotFoundError: as `read`.
             ValueError: the file is no such one; otherwise as `read`.
         """
         glance = self._piece(name, 0, min(_GLANCE, num_bytes), num_bytes)
-        size = head_size(glance, num_bytes, self.address(name))
+        size = header_size(glance, num_bytes, self.address(name))
         content = glance if size <= len(glance) else self._piece(name, 0, size, num_bytes)
-        return parse_head(content, num_bytes, self.address(name))
+        return parse_header(content, num_bytes, self.address(name))
 
-    def tensor(self, name: str, head: Head, key: str) -> Tensor:
-        """Read one tensor of a safetensors file whose head was read: of ids, masks or offsets.
+    def tensor(self, name: str, header: Header, key: str) -> Tensor:
+        """Read one tensor of a safetensors file whose header was read: of ids, masks or offsets.
 
         Args:
             name: of the file.
-            head: of the file.
+            header: of the file.
             key: of the tensor.
 
         Returns:
@@ -186,11 +186,11 @@ class RemoteFolder:
             FileNotFoundError: as `read`.
             ValueError: as `read`.
         """
-        entry = head.entries[key]
-        there = entry.stop <= len(head.content)
-        part = head.content[entry.start : entry.stop]
+        entry = header.entries[key]
+        there = entry.stop <= len(header.content)
+        part = header.content[entry.start : entry.stop]
         if not there:  # a server that knows no ranges sends more
-            part = self._piece(name, entry.start, entry.stop, head.num_bytes)[: entry.stop - entry.start]
+            part = self._piece(name, entry.start, entry.stop, header.num_bytes)[: entry.stop - entry.start]
         return torch.frombuffer(bytearray(part), dtype=_DTYPES[entry.kind.dtype]).reshape(entry.kind.shape)
 
     def fetch(self, name: str, sha256: str, num_bytes: int, into: int) -> None:

@@ -173,10 +173,10 @@ class RemoteShards:
     def _text(self, record: ShardRecord, vocab_size: int | None) -> list[Tensor]:
         place = self.source.address(record.name)
         try:
-            head = self.source.head(record.name, record.num_bytes)
-            kinds = {name: entry.kind for name, entry in head.entries.items()}
+            header = self.source.header(record.name, record.num_bytes)
+            kinds = {name: entry.kind for name, entry in header.entries.items()}
             check_layout(kinds, self.manifest.identity, record, place)
-            offsets, input_ids, loss_mask = (self.source.tensor(record.name, head, name) for name in TEXT)
+            offsets, input_ids, loss_mask = (self.source.tensor(record.name, header, name) for name in TEXT)
         except FileNotFoundError as error:
             raise ValueError(f"{place} is missing; copy the whole cache there again") from error
         check_text(offsets, input_ids, loss_mask, record, vocab_size, place)

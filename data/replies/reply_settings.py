@@ -15,7 +15,7 @@ from draftsmith.models.target.options import DEFAULTS, TargetOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Overrides:
+class SamplingOverrides:
     """What a run changes about the model's own sampling settings (its generation config); null leaves the model's own.
 
     Args:
@@ -33,13 +33,13 @@ class Overrides:
     repetition_penalty: float | None = None
 
 
-MODELS_OWN = Overrides()
+MODELS_OWN = SamplingOverrides()
 
 
 def reply_settings(
     target: str,
     tokenizer: PreTrainedTokenizerBase,
-    overrides: Overrides = MODELS_OWN,
+    overrides: SamplingOverrides = MODELS_OWN,
     reply: ReplyOptions = GREEDY,
     stop_strings: tuple[str, ...] = (),
     where: TargetOptions = DEFAULTS,

@@ -21,7 +21,7 @@ from draftsmith.data.prompts import ALL_PROMPTS, Prompt, PromptSelection, read_p
 from draftsmith.data.replies.engine_choice import EngineChoice, EngineName
 from draftsmith.data.replies.reply_files import num_begun_anew, run_identity, write_replies, write_settings
 from draftsmith.data.replies.reply_plan import SMALL_BATCHES, BatchOptions, Plan, make_plan
-from draftsmith.data.replies.reply_settings import MODELS_OWN, Overrides, reply_settings
+from draftsmith.data.replies.reply_settings import MODELS_OWN, SamplingOverrides, reply_settings
 from draftsmith.data.replies.server_source import NO_SERVER, ServerOptions
 from draftsmith.data.replies.vllm_source import ONE_GPU, VllmOptions
 from draftsmith.data.shared_work import OWN_SHARE, Share, ShareOptions
@@ -44,7 +44,7 @@ def respond(
     selection: Annotated[PromptSelection, FLAT] = ALL_PROMPTS,
     reply: Annotated[ReplyOptions, FLAT] = REPLY,
     ending: Annotated[EndingOptions, FLAT] = NO_STOP_STRINGS,
-    sampling: Annotated[Overrides, FLAT] = MODELS_OWN,
+    sampling: Annotated[SamplingOverrides, FLAT] = MODELS_OWN,
     batches: Annotated[BatchOptions, FLAT] = SMALL_BATCHES,
     share: Annotated[ShareOptions, FLAT] = OWN_SHARE,
     drafter: Path | None = None,
@@ -68,7 +68,7 @@ def respond(
         selection: Which prompts; see `PromptSelection`.
         reply: Length and seed; see `ReplyOptions`. Each prompt and turn draws its own numbers from the seed.
         ending: What ends a reply early; see `EndingOptions`.
-        sampling: How tokens are drawn; see `Overrides`.
+        sampling: How tokens are drawn; see `SamplingOverrides`.
         batches: How many prompts are answered together; see `BatchOptions`.
         share: Which part of the prompts this process answers; see `ShareOptions`.
         drafter: A trained drafter that makes this faster; the replies stay the same.

@@ -21,7 +21,7 @@ from draftsmith.data.chat_template import ChatTemplate
 from draftsmith.data.prompts import ALL_PROMPTS, PROMPT_FILE, Prompt, PromptSelection, read_prompts, say_dropped
 from draftsmith.data.replies.reply_files import loaded_here, run_identity, write_replies
 from draftsmith.data.replies.reply_plan import BatchOptions, make_plan
-from draftsmith.data.replies.reply_settings import Overrides, reply_settings
+from draftsmith.data.replies.reply_settings import SamplingOverrides, reply_settings
 from draftsmith.data.replies.reply_sources import BundledEngine
 from draftsmith.data.replies.respond import REPLY
 from draftsmith.data.shared_work import Share
@@ -87,7 +87,7 @@ class UnitTestOptions:
 
 ONE_ANSWER = AnswerOptions()
 PROTECTED = UnitTestOptions()
-DRAWN = Overrides(temperature=1.0)
+DRAWN = SamplingOverrides(temperature=1.0)
 LARGE_BATCHES = BatchOptions(batch_rows=64, batch_tokens=32768)
 
 
@@ -108,7 +108,7 @@ class AnswerPlan:
     """
 
     answers: AnswerOptions
-    sampling: Overrides
+    sampling: SamplingOverrides
     reply: ReplyOptions
     stop: tuple[str, ...]
     batches: BatchOptions
@@ -120,7 +120,7 @@ class AnswerPlan:
                 f"temperature is {self.sampling.temperature}; samples are drawn above 0; raise it, or drop --samples"
             )
 
-    def runs(self, model: str) -> Iterator[tuple[str, Overrides, ReplyOptions]]:
+    def runs(self, model: str) -> Iterator[tuple[str, SamplingOverrides, ReplyOptions]]:
         """The answers of a model to one question.
 
         Args:
@@ -130,7 +130,7 @@ class AnswerPlan:
             name and settings of each answer.
         """
         if self.answers.greedy:
-            greedy = Overrides(temperature=0.0, repetition_penalty=self.sampling.repetition_penalty)
+            greedy = SamplingOverrides(temperature=0.0, repetition_penalty=self.sampling.repetition_penalty)
             yield "greedy", greedy, self.reply
         for number in range(1, self.answers.samples + 1):
             # Models that share their noise would make the same slips.
@@ -154,7 +154,7 @@ def generate(
     pairs: bool = False,
     selection: Annotated[PromptSelection, FLAT] = ALL_PROMPTS,
     answers: Annotated[AnswerOptions, FLAT] = ONE_ANSWER,
-    sampling: Annotated[Overrides, FLAT] = DRAWN,
+    sampling: Annotated[SamplingOverrides, FLAT] = DRAWN,
     reply: Annotated[ReplyOptions, FLAT] = REPLY,
     ending: Annotated[EndingOptions, FLAT] = NO_STOP_STRINGS,
     batches: Annotated[BatchOptions, FLAT] = LARGE_BATCHES,
@@ -178,7 +178,7 @@ def generate(
         pairs: Keep one right and one wrong answer of each question that has both, and nothing else.
         selection: Which questions; see `PromptSelection`.
         answers: How many answers; see `AnswerOptions`.
-        sampling: How the drawn answers are drawn; see `Overrides`.
+        sampling: How the drawn answers are drawn; see `SamplingOverrides`.
         reply: Length and seed; see `ReplyOptions`. The seed also chooses the pairs.
         ending: What ends a reply early; see `EndingOptions`.
         batches: How many questions are answered together; see `BatchOptions`.

@@ -23,7 +23,7 @@ MOVED = {
     "draftsmith.data.remote_shards": "draftsmith.data.remote.remote_shards",
     "draftsmith.data.reply_settings": "draftsmith.data.replies.reply_settings",
     "draftsmith.data.responses": "draftsmith.data.replies.respond",
-    "draftsmith.data.safetensors_head": "draftsmith.data.remote.safetensors_head",
+    "draftsmith.data.safetensors_head": "draftsmith.data.remote.safetensors_header",
     "draftsmith.data.seams": "draftsmith.data.between_turns",
     "draftsmith.data.shard_checks": "draftsmith.data.shards.shard_checks",
     "draftsmith.data.shard_folder": "draftsmith.data.remote.node_folder",

@@ -26,7 +26,7 @@ from draftsmith.data.chat_template import ChatTemplate
 from draftsmith.data.corpus import Corpus
 from draftsmith.data.shards.lengths import read_lengths
 from draftsmith.data.shards.manifest import Manifest
-from draftsmith.data.shared_work import Share, ShareOptions, own_share
+from draftsmith.data.shared_work import Share, ShareOptions
 from draftsmith.files import exclusive, sha256_file
 from draftsmith.models.files.device_and_dtype import resolved_device
 from draftsmith.models.target.prompt_template import TemplateChoice
@@ -360,18 +360,18 @@ def test_a_survey_that_is_cleared_away_while_it_is_read_or_written_is_made_again
 def test_ranks_come_from_flags_or_from_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    assert (own_share(), resolved_device("cuda")) == (Share(0, 1), "cuda")
+    assert (ShareOptions().own(), resolved_device("cuda")) == (Share(0, 1), "cuda")
     monkeypatch.setenv("WORLD_SIZE", "8")
-    assert own_share() == Share(0, 1)
+    assert ShareOptions().own() == Share(0, 1)
     monkeypatch.setenv("RANK", "5")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert own_share() == Share(5, 8)
-    assert own_share(2, 3) == Share(2, 3)
+    assert ShareOptions().own() == Share(5, 8)
+    assert ShareOptions(rank=2, world_size=3).own() == Share(2, 3)
     assert [resolved_device(name) for name in ("cuda", "cuda:3", "cpu")] == ["cuda:1", "cuda:3", "cpu"]
     with pytest.raises(ValueError, match="rank 3 of 3 processes does not exist"):
-        own_share(3, 3)
+        ShareOptions(rank=3, world_size=3).own()
     with pytest.raises(ValueError, match="give both or neither"):
-        own_share(3)
+        ShareOptions(rank=3).own()
 
 
 @given(pieces=st.integers(0, 200), world_size=st.integers(1, 20))

@@ -30,7 +30,7 @@ def test_samples_behind_a_url_are_those_of_the_folder(tmp_path: Path, upload: Ca
 def test_lengths_and_texts_are_known_without_any_states(
     tmp_path: Path, upload: Callable[..., str], monkeypatch: pytest.MonkeyPatch, with_lengths: bool
 ) -> None:
-    monkeypatch.setattr(remote, "_GLANCE", 16)  # smaller than a head: it must be read on
+    monkeypatch.setattr(remote, "_GLANCE", 16)  # smaller than a header: it must be read on
     folder = write_cache(tmp_path / "cache", with_lengths=with_lengths)
     url = upload(folder)
     cache = opened(url, tmp_path)

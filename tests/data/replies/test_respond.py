@@ -26,7 +26,7 @@ from draftsmith.data.replies import engine_choice
 from draftsmith.data.replies.dialogues import Dialogue
 from draftsmith.data.replies.reply_files import write_replies
 from draftsmith.data.replies.reply_plan import BatchOptions, make_plan
-from draftsmith.data.replies.reply_settings import Overrides, reply_settings
+from draftsmith.data.replies.reply_settings import SamplingOverrides, reply_settings
 from draftsmith.data.replies.reply_sources import Reply
 from draftsmith.data.replies.respond import respond
 from draftsmith.data.replies.server_source import ServerOptions
@@ -252,13 +252,13 @@ def test_ranks_of_different_runs_do_not_share_a_folder(
     out = tmp_path / "out"
     common: dict[str, Any] = {"prompts": tmp_path / "prompts", "out": out, "reply": ReplyOptions(max_new_tokens=3)}
     first, second = (ShareOptions(rank=rank, world_size=2) for rank in range(2))
-    respond(str(target), share=first, sampling=Overrides(temperature=0.0), **common)
+    respond(str(target), share=first, sampling=SamplingOverrides(temperature=0.0), **common)
     with pytest.raises(ValueError, match=r"temperature.*as settings-00000-of-00002\.json says"):
-        respond(str(target), share=second, sampling=Overrides(temperature=1.0), **common)
+        respond(str(target), share=second, sampling=SamplingOverrides(temperature=1.0), **common)
     with pytest.raises(ValueError, match="target_fingerprint: there"):
-        respond(str(other_target), share=second, sampling=Overrides(temperature=0.0), **common)
+        respond(str(other_target), share=second, sampling=SamplingOverrides(temperature=0.0), **common)
     assert not (out / "settings-00001-of-00002.json").exists()
-    respond(str(target), share=second, sampling=Overrides(temperature=0.0), **common)
+    respond(str(target), share=second, sampling=SamplingOverrides(temperature=0.0), **common)
     assert len(source_files(out)) == 2
 
 
@@ -359,7 +359,7 @@ def test_sampled_replies_do_not_depend_on_the_batch(tmp_path: Path, target: Path
             tmp_path / "prompts",
             out,
             reply=ReplyOptions(max_new_tokens=6),
-            sampling=Overrides(temperature=1.0),
+            sampling=SamplingOverrides(temperature=1.0),
             batches=BatchOptions(batch_rows=rows),
         )
         replies.append({row["id"]: row["turns"] for row in rows_of(out / "responses.jsonl")})
@@ -383,7 +383,7 @@ def test_a_drafter_changes_no_reply_and_a_missing_one_is_said(
             tmp_path / "prompts",
             tmp_path / name,
             reply=ReplyOptions(max_new_tokens=8),
-            sampling=Overrides(temperature=0.8),
+            sampling=SamplingOverrides(temperature=0.8),
             drafter=drafter,
         )
     plain, drafted = (tmp_path / name / "responses.jsonl" for name in ("plain", "drafted"))
@@ -413,13 +413,13 @@ def test_the_models_own_settings_hold_unless_the_run_names_others(tmp_path: Path
     config = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [4, 2], "repetition_penalty": 1.1}
     (folder / "generation_config.json").write_text(json.dumps(config))
     tokenizer = _tokenizer(folder)
-    own = reply_settings(str(folder), tokenizer, Overrides(), SIXTEEN)
+    own = reply_settings(str(folder), tokenizer, SamplingOverrides(), SIXTEEN)
     assert (own.temperature, own.top_p, own.top_k, own.repetition_penalty) == (0.6, 0.9, 0, 1.1)
     assert own.eos_token_ids == (4, 2)
-    greedy = reply_settings(str(folder), tokenizer, Overrides(temperature=0.0), SIXTEEN)
+    greedy = reply_settings(str(folder), tokenizer, SamplingOverrides(temperature=0.0), SIXTEEN)
     assert (greedy.temperature, greedy.repetition_penalty) == (0.0, 1.1)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 4}))
-    assert reply_settings(str(folder), tokenizer, Overrides(), SIXTEEN).temperature == 0.0
+    assert reply_settings(str(folder), tokenizer, SamplingOverrides(), SIXTEEN).temperature == 0.0
 
 
 def test_what_a_model_forbids_is_not_drawn_unless_its_config_is_ignored(tmp_path: Path) -> None:
@@ -427,16 +427,16 @@ def test_what_a_model_forbids_is_not_drawn_unless_its_config_is_ignored(tmp_path
     config = {"eos_token_id": 4, "suppress_tokens": [7, 8], "min_new_tokens": 5, "stop_strings": ["@@"]}
     (folder / "generation_config.json").write_text(json.dumps(config))
     tokenizer = _tokenizer(folder)
-    own = reply_settings(str(folder), tokenizer, Overrides(), SIXTEEN, stop_strings=("##",))
+    own = reply_settings(str(folder), tokenizer, SamplingOverrides(), SIXTEEN, stop_strings=("##",))
     assert own.constraints == Constraints(suppress_tokens=(7, 8), min_new_tokens=5)
     assert own.stop_strings == ("##", "@@")
     ignored = reply_settings(
-        str(folder), tokenizer, Overrides(), SIXTEEN, where=TargetOptions(generation_config="none")
+        str(folder), tokenizer, SamplingOverrides(), SIXTEEN, where=TargetOptions(generation_config="none")
     )
     assert ignored == GenerationSettings(16, eos_token_ids=(4,))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 4, "num_beams": 3}))
     with pytest.raises(ValueError, match="sets num_beams to 3"):
-        reply_settings(str(folder), tokenizer, Overrides(), SIXTEEN)
+        reply_settings(str(folder), tokenizer, SamplingOverrides(), SIXTEEN)
 
 
 def test_two_processes_do_not_write_the_same_replies(tmp_path: Path, chat: ChatTemplate) -> None:
@@ -493,7 +493,7 @@ import sys, time
 from pathlib import Path
 from draftsmith.data.replies import engine_choice
 from draftsmith.data.replies.reply_plan import BatchOptions
-from draftsmith.data.replies.reply_settings import Overrides
+from draftsmith.data.replies.reply_settings import SamplingOverrides
 from draftsmith.data.replies.respond import respond
 from draftsmith.decode.sampling import ReplyOptions
 class Slow(engine_choice.BundledEngine):
@@ -502,7 +502,7 @@ class Slow(engine_choice.BundledEngine):
         return super().reply(*arguments)
 engine_choice.BundledEngine = Slow
 respond(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]),
-    reply=ReplyOptions(max_new_tokens=4), sampling=Overrides(temperature=1.0), batches=BatchOptions(batch_rows=2))
+    reply=ReplyOptions(max_new_tokens=4), sampling=SamplingOverrides(temperature=1.0), batches=BatchOptions(batch_rows=2))
 """
 
 
@@ -550,7 +550,7 @@ def test_kill_9_while_replying_then_the_same_rows(tmp_path: Path, target: Path) 
             tmp_path / "prompts",
             out,
             reply=ReplyOptions(max_new_tokens=4),
-            sampling=Overrides(temperature=1.0),
+            sampling=SamplingOverrides(temperature=1.0),
             batches=BatchOptions(batch_rows=2),
         )
     assert killed.read_bytes() == (tmp_path / "whole" / "responses.jsonl").read_bytes()

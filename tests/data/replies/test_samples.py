@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from draftsmith.data.replies.reply_settings import Overrides
+from draftsmith.data.replies.reply_settings import SamplingOverrides
 from draftsmith.data.replies.respond import respond
 from draftsmith.decode.sampling import ReplyOptions
 
@@ -30,7 +30,7 @@ def prompts(tmp_path: Path) -> Path:
 def test_each_sample_is_drawn_apart_and_the_first_is_that_of_a_run_with_one(
     tmp_path: Path, target: Path, prompts: Path
 ) -> None:
-    short, warm = ReplyOptions(max_new_tokens=12), Overrides(temperature=1.0)
+    short, warm = ReplyOptions(max_new_tokens=12), SamplingOverrides(temperature=1.0)
     respond(str(target), prompts, tmp_path / "one", reply=short, sampling=warm)
     respond(str(target), prompts, tmp_path / "three", reply=short, sampling=warm, samples=3)
     single, several = replies(tmp_path / "one"), replies(tmp_path / "three")
@@ -46,5 +46,7 @@ def test_samples_that_would_be_equal_or_none_are_an_error(
     tmp_path: Path, target: Path, prompts: Path, samples: int, temperature: float, rule: str
 ) -> None:
     with pytest.raises(ValueError, match=rule):
-        respond(str(target), prompts, tmp_path / "out", sampling=Overrides(temperature=temperature), samples=samples)
+        respond(
+            str(target), prompts, tmp_path / "out", sampling=SamplingOverrides(temperature=temperature), samples=samples
+        )
     assert not (tmp_path / "out" / "responses.jsonl").exists()

@@ -23,7 +23,7 @@ from draftsmith.data.corpus import source_files
 from draftsmith.data.prompts import read_prompts
 from draftsmith.data.replies import reply_files
 from draftsmith.data.replies.dialogues import Failure, answer_independently
-from draftsmith.data.replies.reply_settings import Overrides
+from draftsmith.data.replies.reply_settings import SamplingOverrides
 from draftsmith.data.replies.respond import respond
 from draftsmith.data.replies.server_source import ServerOptions
 from draftsmith.decode.sampling import ReplyOptions
@@ -138,7 +138,11 @@ def test_a_run_goes_on_with_another_server_in_so_many_words_and_not_with_another
     assert "sesame" not in said.out + said.err
     with pytest.raises(ValueError, match="engine: there 'server', now None"):
         respond(
-            str(target), prompt_file, out, reply=ReplyOptions(max_new_tokens=6), sampling=Overrides(temperature=0.0)
+            str(target),
+            prompt_file,
+            out,
+            reply=ReplyOptions(max_new_tokens=6),
+            sampling=SamplingOverrides(temperature=0.0),
         )
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from draftsmith.data.chat_template import ChatTemplate
 from draftsmith.data.replies.dialogues import Failure, answer_independently
-from draftsmith.data.replies.reply_settings import Overrides
+from draftsmith.data.replies.reply_settings import SamplingOverrides
 from draftsmith.data.replies.reply_sources import BundledEngine, RawReply
 from draftsmith.data.replies.respond import respond
 from draftsmith.data.replies.server_source import ServerEngine, ServerOptions
@@ -41,7 +41,7 @@ def test_a_served_target_gives_the_rows_of_the_bundled_decoder(
 
     server.reply, server.models = reply, [{"id": server.name, "max_model_len": 256}]
     common = {"target": str(target), "prompts": prompt_file, "reply": ReplyOptions(max_new_tokens=12)}
-    common["sampling"] = Overrides(temperature=0.0)
+    common["sampling"] = SamplingOverrides(temperature=0.0)
     respond(out=tmp_path / "bundled", **common)
     respond(out=tmp_path / "served", engine="server", server=ServerOptions(server.url, concurrency=4), **common)
     both = [

@@ -11,7 +11,7 @@ import pytest
 from tiny import EOS
 from transformers import PreTrainedTokenizerBase
 
-from draftsmith.data.replies.reply_settings import Overrides
+from draftsmith.data.replies.reply_settings import SamplingOverrides
 from draftsmith.data.replies.reply_sources import BundledEngine, IndependentEngine, Reply
 from draftsmith.data.replies.respond import respond
 from draftsmith.data.replies.vllm_source import VllmEngine, VllmOptions
@@ -87,7 +87,7 @@ def test_it_gives_the_rows_of_the_bundled_decoder(
         "target": str(target),
         "prompts": prompts,
         "reply": ReplyOptions(max_new_tokens=8),
-        "sampling": Overrides(temperature=0.0),
+        "sampling": SamplingOverrides(temperature=0.0),
     }
     respond(out=tmp_path / "bundled", **common)  # type: ignore[arg-type]
     respond(

@@ -194,7 +194,9 @@ def test_a_vocabulary_that_is_known_later_holds_for_what_is_open_and_what_is_not
         cache[3]
 
 
-def test_behind_a_url_a_head_that_lies_is_refused(folder: Path, tmp_path: Path, upload: Callable[[Path], str]) -> None:
+def test_behind_a_url_a_header_that_lies_is_refused(
+    folder: Path, tmp_path: Path, upload: Callable[[Path], str]
+) -> None:
     path = folder / "shard-00001.safetensors"
     content = path.read_bytes()
     size = int.from_bytes(content[:8], "little")
@@ -205,13 +207,13 @@ def test_behind_a_url_a_head_that_lies_is_refused(folder: Path, tmp_path: Path, 
         (b'"shape"', b'"shapf"'),
         (b"{", b"["),
     ):
-        head = content[8 : 8 + size].replace(old, new, 1)
-        assert head != content[8 : 8 + size]
-        path.write_bytes(content[:8] + head + content[8 + size :])
+        header = content[8 : 8 + size].replace(old, new, 1)
+        assert header != content[8 : 8 + size]
+        path.write_bytes(content[:8] + header + content[8 + size :])
         far = HiddenStateCache(upload(folder), shard_cache=tmp_path / "node", retry=Retry(1))
         with pytest.raises(ValueError, match=r"memory://checks/cache/shard-00001.safetensors"):
             list(far.texts([3]))
     path.write_bytes((2**63).to_bytes(8, "little") + content[8:])
     far = HiddenStateCache(upload(folder), shard_cache=tmp_path / "node", retry=Retry(1))
-    with pytest.raises(ValueError, match=r"its head has 9223372036854775816 bytes"):
+    with pytest.raises(ValueError, match=r"its header has 9223372036854775816 bytes"):
         list(far.texts([3]))

@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM
 
 from draftsmith.data.cache.extract import extract
 from draftsmith.data.cache.extraction import StorageOptions
-from draftsmith.data.replies.reply_settings import Overrides
+from draftsmith.data.replies.reply_settings import SamplingOverrides
 from draftsmith.data.replies.respond import respond
 from draftsmith.decode.sampling import ReplyOptions
 from draftsmith.evaluate.doctor.doctor_command import doctor
@@ -44,7 +44,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         prompts,
         folder / "replies",
         reply=ReplyOptions(max_new_tokens=32),
-        sampling=Overrides(temperature=0.0),
+        sampling=SamplingOverrides(temperature=0.0),
     )
     extract(
         str(target),

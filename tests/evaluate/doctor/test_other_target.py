@@ -13,7 +13,7 @@ from tiny import save_target
 
 from draftsmith.data.cache.extract import extract
 from draftsmith.data.prompts import PromptSelection
-from draftsmith.data.replies.reply_settings import Overrides
+from draftsmith.data.replies.reply_settings import SamplingOverrides
 from draftsmith.data.replies.respond import respond
 from draftsmith.decode.sampling import ReplyOptions
 from draftsmith.evaluate.doctor.case import Use
@@ -71,7 +71,7 @@ def test_replies_kept_as_ids_are_held_to_the_template_that_they_were_rendered_by
         run.prompts,
         replies,
         reply=ReplyOptions(max_new_tokens=2),
-        sampling=Overrides(temperature=0.0),
+        sampling=SamplingOverrides(temperature=0.0),
         selection=PromptSelection(limit=2),
         rendering=TemplateChoice(template=other),
     )

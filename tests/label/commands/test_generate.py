@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from draftsmith import cli, provenance
 from draftsmith.data.prompts import PromptSelection
 from draftsmith.data.replies.reply_plan import BatchOptions
-from draftsmith.data.replies.reply_settings import Overrides
+from draftsmith.data.replies.reply_settings import SamplingOverrides
 from draftsmith.data.replies.reply_sources import Reply
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.embedded.sums import TARGET_STYLE, distinct_problems, render, write_prompts
@@ -174,7 +174,7 @@ def test_samples_are_drawn_apart_and_the_same_answer_counts_once(
         tmp_path / "out",
         entry=EntryOptions(licence="MIT"),
         answers=AnswerOptions(samples=3),
-        sampling=Overrides(temperature=0.7),
+        sampling=SamplingOverrides(temperature=0.7),
         selection=PromptSelection(limit=5),
     )
     assert "embedded:target: 5 correct; left out: 15 repeated" in capsys.readouterr().out
@@ -214,7 +214,11 @@ def test_another_checker_judges_the_same_replies_under_its_own_name(
         ({}, {"checker": "nothing"}, "checker 'nothing' is not known"),
         ({}, {"models": (MODELS[0], MODELS[0])}, "each once"),
         ({}, {"where": TargetOptions(revision="main")}, "belongs to one model"),
-        ({}, {"answers": AnswerOptions(samples=1), "sampling": Overrides(temperature=0.0)}, "temperature is 0.0"),
+        (
+            {},
+            {"answers": AnswerOptions(samples=1), "sampling": SamplingOverrides(temperature=0.0)},
+            "temperature is 0.0",
+        ),
         ({}, {"checker": "CODE:beyond"}, r"prompts.jsonl:1 \(question .*, answer of embedded:target\): error is"),
         ({}, {"checker": "CODE:fails"}, r"prompts.jsonl:1 .* failed with ZeroDivisionError"),
     ],

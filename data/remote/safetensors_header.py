@@ -1,6 +1,6 @@
-"""The head of a safetensors file, for files that lie where the library cannot open them.
+"""The header of a safetensors file, for files that lie where the library cannot open them.
 
-Owns what such a head must be: every tensor inside the file, of as many bytes as its dtype and shape take. Does not know: networks,
+Owns what such a header must be: every tensor inside the file, of as many bytes as its dtype and shape take. Does not know: networks,
 caches, which tensors a file should have.
 """
 
@@ -39,7 +39,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Head:
+class Header:
     """All tensors of a file.
 
     Attributes:
@@ -53,7 +53,7 @@ class Head:
     num_bytes: int
 
 
-def head_size(beginning: bytes, num_bytes: int, place: str) -> int:
+def header_size(beginning: bytes, num_bytes: int, place: str) -> int:
     """Bytes up to the first tensor.
 
     Args:
@@ -70,36 +70,36 @@ def head_size(beginning: bytes, num_bytes: int, place: str) -> int:
     size = _LENGTH_BYTES + int.from_bytes(beginning[:_LENGTH_BYTES], "little")
     if len(beginning) < _LENGTH_BYTES or size > min(num_bytes, _LARGEST):
         raise ValueError(
-            f"{place} is no shard or is damaged (its head has {size} bytes, the file {num_bytes}); {_REMEDY}"
+            f"{place} is no shard or is damaged (its header has {size} bytes, the file {num_bytes}); {_REMEDY}"
         )
     return size
 
 
-def parse_head(content: bytes, num_bytes: int, place: str) -> Head:
+def parse_header(content: bytes, num_bytes: int, place: str) -> Header:
     """Read the tensors of a file from its beginning.
 
     Args:
-        content: the beginning, with the whole head.
+        content: the beginning, with the whole header.
         num_bytes: of the file.
         place: what errors call the file.
 
     Returns:
-        The head.
+        The header.
 
     Raises:
-        ValueError: it is no such head; the message names the tensor that does not fit.
+        ValueError: it is no such header; the message names the tensor that does not fit.
     """
-    size = head_size(content, num_bytes, place)
-    table = parse_json_object(content[_LENGTH_BYTES:size], f"{place}: its head", _REMEDY)
+    size = header_size(content, num_bytes, place)
+    table = parse_json_object(content[_LENGTH_BYTES:size], f"{place}: its header", _REMEDY)
     table.pop("__metadata__", None)
     entries = {name: _entry(described, size, num_bytes, f"{place}: {name}") for name, described in table.items()}
-    return Head(entries, content, num_bytes)
+    return Header(entries, content, num_bytes)
 
 
 def _entry(described: Any, begin: int, num_bytes: int, place: str) -> Entry:
     if not isinstance(described, dict) or not {"dtype", "shape", "data_offsets"} <= described.keys():
         raise ValueError(
-            f"{place} is {described!r:.80} in the head, it must have dtype, shape and data_offsets; {_REMEDY}"
+            f"{place} is {described!r:.80} in the header, it must have dtype, shape and data_offsets; {_REMEDY}"
         )
     dtype, shape, span = described["dtype"], described["shape"], described["data_offsets"]
     if dtype not in _ITEM_BYTES or not _are_counts(shape) or not _are_counts(span) or len(span) != 2:
