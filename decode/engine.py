@@ -221,6 +221,7 @@ class Engine:
     ) -> Iterator[Request]:
         """The loop: cycle after cycle until no request is left. Gives requests as they end."""
         cycle, runners = self._cycle_for(settings)
+        of_cycles = shared(settings)
         prefill = Prefill(cycle, self._prefill_chunk)
         room = self._rounded(room) if cycle.fixed_shapes else room
         batch = self._kept_batch(settings, num_rows, room) if cycle.fixed_shapes else None
@@ -232,7 +233,7 @@ class Engine:
             # Where a family's state cannot be told apart by rows, requests wait until all rows have ended.
             refills = batch.can_refill()
             if cycle.fixed_shapes and refills and self._kept is None:
-                self._kept = (batch, shared(settings), room)
+                self._kept = (batch, of_cycles, room)
             num_ahead = num_rows // 2 if refills and batch.can_wait() else 0
             admission = Admission(prefill, waiting if refills else iter(()), settings, num_ahead)
             yield from self._refill(batch, admission, recorder, cycle.fixed_shapes)
@@ -240,7 +241,7 @@ class Engine:
             while not batch.has_ended:
                 self._read_again(batch)
                 run = runners[self.shapes.at(batch.num_alive)]
-                report = run(batch, shared(settings), self.ledger)
+                report = run(batch, of_cycles, self.ledger)
                 flights.append(Flight(report.to_host(), list(batch.requests)))
                 if run.runs_ahead and len(flights) == 1:
                     continue  # the device begins the next cycle before the host reads this one
@@ -333,6 +334,8 @@ class Engine:
 
     def _read_again(self, batch: Batch) -> None:
         """Cache rows anew whose text now takes other rotary factors; most models never need it."""
+        if self.target.rereads_past is None:
+            return
         lengths = [
             0 if request is None else length for request, length in zip(batch.requests, batch.host_lengths, strict=True)
         ]

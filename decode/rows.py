@@ -20,7 +20,7 @@ from draftsmith.models.slots.constants import counting
 from draftsmith.models.slots.row_state import write_over
 from draftsmith.models.slots.slot_cache import KeptRows
 from draftsmith.models.tree.early_stop import StopState
-from draftsmith.models.tree.noise import keys_at, keys_below, keys_from
+from draftsmith.models.tree.noise import keys_at, keys_behind, keys_below, keys_from
 from draftsmith.models.tree.tree import DraftTree
 
 
@@ -73,8 +73,7 @@ class Rows:
         """
         if self.choice_keys_B is None:
             return None
-        place_P = counting(count, lengths_B.device)
-        return keys_at(self.choice_keys_B[:, None], lengths_B[:, None] + place_P)
+        return keys_behind(self.choice_keys_B, lengths_B, count)
 
     def cycle_keys(self, lengths_B: Tensor, count: int) -> Tensor | None:
         """The noise keys of the cycle at this output position.
@@ -88,7 +87,7 @@ class Rows:
         """
         if self.cycle_keys_B is None or count == 0:
             return None
-        return keys_below(keys_at(self.cycle_keys_B, lengths_B), 0, count)
+        return keys_below(keys_at(self.cycle_keys_B, lengths_B), count)
 
     def process(
         self, logits_BNV: Tensor, tree: DraftTree, ancestors_BNN: Tensor, settings: GenerationSettings

@@ -147,7 +147,8 @@ def process(logits_BNV: Tensor, settings: GenerationSettings, seen_BNV: Tensor |
         logits_BNV = torch.where(seen_BNV, weakened_BNV, logits_BNV)
     if settings.temperature == 0.0:
         return logits_BNV
-    logits_BNV = logits_BNV / settings.temperature
+    if settings.temperature != 1.0:
+        logits_BNV = logits_BNV / settings.temperature
     if 0 < settings.top_k < logits_BNV.shape[-1]:
         kth_BN1 = logits_BNV.topk(settings.top_k, dim=-1).values[..., -1:]
         logits_BNV = logits_BNV.masked_fill(logits_BNV < kth_BN1, -torch.inf)

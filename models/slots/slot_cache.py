@@ -83,6 +83,7 @@ class SlotCache(Cache):
         ] = []  # of a layer's keys and values: pool, row of it
         self._slots_BN = torch.empty(0, 0, dtype=torch.int64)
         self._first: int | None = None
+        self._parts: dict[tuple[int, int, int], tuple[Tensor, ...]] = {}  # of the forward in progress; see _part
 
     def aim(self, slots_BN: Tensor, window: int, first: int | None = None) -> None:
         """Say where the next forward writes, and how many slots it sees.
@@ -98,6 +99,7 @@ class SlotCache(Cache):
         if window > self.capacity:
             raise ValueError(f"{window} cache slots are needed, {self.capacity} were allocated")
         self._slots_BN, self.window, self._first = slots_BN, window, first
+        self._parts = {}
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -116,15 +118,24 @@ class SlotCache(Cache):
         """
         if layer_idx == len(self._places):
             self._places.append(self._allocate(key_states, value_states))
-        keys, values = self.layer(layer_idx)
-        if self._first is not None:
-            last = self._first + key_states.shape[2]
-            keys[:, :, self._first : last] = key_states
-            values[:, :, self._first : last] = value_states
-        else:
-            for place, states in zip(self._places[layer_idx], (key_states, value_states), strict=True):
-                self._write(place, states)
-        return keys[:, :, : self.window], values[:, :, : self.window]
+        key_place, value_place = self._places[layer_idx]
+        if self._first is None:
+            self._write(key_place, key_states)
+            self._write(value_place, value_states)
+            keys, values = self.layer(layer_idx)
+            return keys[:, :, : self.window], values[:, :, : self.window]
+        last = self._first + key_states.shape[2]
+        self._part(key_place, self._first, last).copy_(key_states)
+        self._part(value_place, self._first, last).copy_(value_states)
+        return self._part(key_place, 0, self.window), self._part(value_place, 0, self.window)
+
+    def _part(self, place: tuple[int, int], start: int, end: int) -> Tensor:
+        """Some slots of a layer, [B, H, end - start, Dh]. All layers of a buffer are cut at once, since a cut costs as much as a write."""
+        index, row = place
+        key = index, start, end
+        if key not in self._parts:
+            self._parts[key] = self._pools[index][..., start:end, :].unbind(0)
+        return self._parts[key][row]
 
     def _write(self, place: tuple[int, int], states: Tensor) -> None:
         """Write at the rows' own slots.
@@ -177,6 +188,7 @@ class SlotCache(Cache):
         Args:
             fresh: filled by the same model; with no more slots.
         """
+        self._parts = {}  # or the buffers of before would stay in memory
         more = self.capacity - fresh.capacity
         for index, (pool, new) in enumerate(zip(self._pools, fresh._pools, strict=True)):
             self._pools[index] = torch.cat([pool, F.pad(new, (0, 0, 0, more))], dim=1)

@@ -96,18 +96,31 @@ def keys_from(keys: Tensor, first: Tensor) -> Tensor:
     return torch.sub(keys, first, alpha=_INCREMENT)
 
 
-def keys_below(keys: Tensor, start: int, count: int) -> Tensor:
-    """Make the keys of consecutive places below keys; see :func:`keys_at`.
+def keys_behind(keys: Tensor, first: Tensor, count: int) -> Tensor:
+    """Make the keys of consecutive places below keys, where each key has its own first place; see :func:`keys_at`.
 
     Args:
         keys: int64 [...].
-        start: the first place.
+        first: int64, of a shape that broadcasts with the keys'.
         count: how many.
 
     Returns:
         int64 [..., count].
     """
-    return _mixed(keys[..., None] + _increments(start + count, keys.device)[start:])
+    return keys_below(torch.add(keys, first, alpha=_INCREMENT), count)
+
+
+def keys_below(keys: Tensor, count: int) -> Tensor:
+    """Make the keys of the first places below keys; see :func:`keys_at`.
+
+    Args:
+        keys: int64 [...].
+        count: how many.
+
+    Returns:
+        int64 [..., count].
+    """
+    return _mixed(keys[..., None] + _increments(count, keys.device))
 
 
 @made_once
@@ -162,14 +175,18 @@ def draw_at(logits_BNV: Tensor, keys_BP: Tensor, place_BN: Tensor) -> Tensor:
         Token ids, int64 [B, N].
     """
     rows = max(1, _PART // (keys_BP.shape[1] * logits_BNV.shape[-1]))
+    if len(keys_BP) <= rows:
+        return _draw_rows(logits_BNV, keys_BP, place_BN)
     parts = zip(logits_BNV.split(rows), keys_BP.split(rows), place_BN.split(rows), strict=True)
     return torch.cat([_draw_rows(*part) for part in parts])
 
 
 def _draw_rows(logits_BNV: Tensor, keys_BP: Tensor, place_BN: Tensor) -> Tensor:
     """:func:`draw_at` for so few rows that the waiting times of all their places fit in memory."""
-    B, _, V = logits_BNV.shape
+    B, N, V = logits_BNV.shape
     times_BPV = _negative_times(keys_BP, V)
+    if N == 1 and keys_BP.shape[1] == 1:
+        return _first_to_ring(logits_BNV.softmax(-1), times_BPV)
     row_B1 = torch.arange(B, device=logits_BNV.device)[:, None]
     nodes = max(1, _PART // (B * V))
     parts = zip(logits_BNV.split(nodes, dim=1), place_BN.split(nodes, dim=1), strict=True)
@@ -193,7 +210,7 @@ def exponentials(keys: Tensor, vocab_size: int) -> Tensor:
 
 def _negative_times(keys: Tensor, vocab_size: int) -> Tensor:
     """:func:`exponentials` below 0, which saves draws an operation."""
-    return _multiples(keys_below(keys, 0, vocab_size), -_SPACING).log1p_()
+    return _multiples(keys_below(keys, vocab_size), -_SPACING).log1p_()
 
 
 def _first_to_ring(weights: Tensor, negative_times: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from draftsmith.models.slots.constants import counting, lower_triangle, number, repeated
+from draftsmith.models.slots.constants import counting, lower_triangle, made_once, number, repeated
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,15 @@ def root_tree(root_B: Tensor) -> DraftTree:
     Returns:
         A tree of N = 1 node.
     """
-    device = root_B.device
-    parents_1, depths_1, valid_11 = repeated((-1,), (1,), device), counting(1, device), lower_triangle(1, device)
-    parents_B1, depths_B1, valid_B1 = (part.expand(root_B.shape[0], 1) for part in (parents_1, depths_1, valid_11))
+    parents_B1, depths_B1, valid_B1 = _lone_roots(root_B.shape[0], root_B.device)
     return DraftTree(root_B[:, None], parents_B1, depths_B1, valid_B1, max_depth=0, chain=True)
+
+
+@made_once
+def _lone_roots(num_rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Parents, depths (int64 [B, 1] both) and validity (bool [B, 1]) of trees of one node."""
+    parents_1, depths_1, valid_11 = repeated((-1,), (1,), device), counting(1, device), lower_triangle(1, device)
+    return parents_1.expand(num_rows, 1), depths_1.expand(num_rows, 1), valid_11.expand(num_rows, 1)
 
 
 def tree_from_paths(

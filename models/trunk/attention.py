@@ -40,7 +40,8 @@ def layer_attention(
         query: [B, H, N, D].
         key: [B, G, S, D].
         value: [B, G, S, D].
-        attention_mask: bool [B, 1, N, S], or one that skips blocks. All others are left to Transformers.
+        attention_mask: bool [B, 1, N, S], one that skips blocks, or None for one new token that sees all slots. All others are left to
+            Transformers.
         dropout: share of the scores that is dropped; 0 in a frozen model.
         scaling: of the scores.
         further: what else the family gives.
@@ -55,10 +56,17 @@ def layer_attention(
     if isinstance(attention_mask, BlockMask):
         if asks_more:
             raise ValueError("attention that skips blocks of slots has no dropout, cap, sink or position bias")
-    elif asks_more or attention_mask is None or attention_mask.dtype != torch.bool or attention_mask.shape[1] != 1:
+    elif asks_more or not _is_plain(attention_mask, query.shape[2]):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **further)
     attended = attend(query, key, value, attention_mask, scaling)
     return attended.transpose(1, 2).contiguous(), None
+
+
+def _is_plain(mask: Tensor | None, num_new: int) -> bool:
+    """Whether a mask says by itself what new tokens see. None says so of one token; for several, Transformers may mean causal attention."""
+    if mask is None:
+        return num_new == 1
+    return mask.dtype == torch.bool and mask.shape[1] == 1
 
 
 AttentionInterface.register(NAME, layer_attention)

@@ -140,21 +140,21 @@ def read_tree(
     rows = nodes + _num_rows(carried)
     window = cache.capacity if fixed_shapes else _slots(max(host_lengths) + rows, slot_step, cache.capacity)
     single = len(host_lengths) == 1 and not fixed_shapes
-    slots_BN = lengths_B[:, None] + counting(rows, lengths_B.device)
-    cache.aim(slots_BN, window, host_lengths[0] if single else None)
+    lengths_B1 = lengths_B[:, None]
+    cache.aim(lengths_B1 + counting(rows, lengths_B.device), window, host_lengths[0] if single else None)
     mask_B1NS = key_positions_BS = None
     # One node of one row, no slot of another's and no sliding window need no mask.
     if rows > 1 or not single or window != host_lengths[0] + 1 or target.window is not None:
         mask_B1NS = slot_mask(ancestors_BNN, lengths_B, window)
         if target.window is not None:
             key_positions_BS = slot_positions(tree.depths_BN, lengths_B, window)
-    positions_BN = lengths_B[:, None] + tree.depths_BN
+    ends_B = lengths_B + nodes if fixed_shapes or carried is not None else None
     return target(
         tree.tokens_BN,
         cache=cache,
-        **_seen(target, carried, positions_BN, mask_B1NS, key_positions_BS, lengths_B + nodes),
+        **_seen(target, carried, lengths_B1 + tree.depths_BN, mask_B1NS, key_positions_BS, ends_B),
         layers=layers,
-        ends=lengths_B + nodes if fixed_shapes and carried is None else None,
+        ends=ends_B if carried is None else None,
     )
 
 
@@ -168,11 +168,12 @@ def _seen(
     positions_BN: Tensor,
     mask_B1NS: Tensor | None,
     key_positions_BS: Tensor | None,
-    first_B: Tensor,
+    first_B: Tensor | None,
 ) -> dict[str, Any]:
-    """Positions and masks of a forward, with a row for each rider; ``first_B``: the slot of each row's first rider."""
+    """Positions and masks of a forward, with a row for each rider; ``first_B``: the slot of each row's first rider, if there are any."""
     if carried is not None:
         assert mask_B1NS is not None
+        assert first_B is not None
         positions_BN, tokens_B1NS = carried.positions(positions_BN), mask_B1NS
         mask_B1NS = carried.mask(tokens_B1NS, first_B)
         if key_positions_BS is not None:

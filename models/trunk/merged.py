@@ -46,7 +46,7 @@ class MergedFirst(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Multiply states [..., D]; gives the first part, [..., O_0]."""
-        parts = F.linear(input, self.merged, self.merged_bias).split(self.sizes, dim=-1)
+        parts = F.linear(input, self.merged, self.merged_bias).split_with_sizes(self.sizes, dim=-1)
         self.outputs.parts = list(parts[1:])
         return parts[0]
 

@@ -162,6 +162,23 @@ def test_layers_of_other_shapes_get_buffers_of_their_own() -> None:
         assert torch.equal(moved_values[0, :, 2:4], values[1][:, [0, 3]])
 
 
+def test_consecutive_slots_of_layers_of_any_shape_are_written_as_others_are() -> None:
+    """The second layer writes fewer tokens, as one does that riders enter later; then a forward at other slots follows."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 4, 8), (2, 3, 8), (3, 4, 4)]
+    caches = SlotCache(capacity=9, num_layers=3), SlotCache(capacity=9, num_layers=3)
+    for first in (0, 4):
+        slots = torch.arange(first, first + 4)[None]
+        caches[0].aim(slots, window=first + 4)
+        caches[1].aim(slots, window=first + 4, first=first)
+        for layer, (heads, num_new, size) in enumerate(shapes):
+            keys, values = torch.randn(2, 1, heads, num_new, size, generator=generator)
+            expected, seen = (cache.update(keys, values, layer) for cache in caches)
+            assert torch.equal(expected[0], seen[0])
+            assert torch.equal(expected[1], seen[1])
+            assert torch.equal(seen[1][:, :, first : first + num_new], values)
+
+
 @pytest.fixture
 def devices(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
     """Three CUDA devices, the first without tensors: which were waited for, and which were asked about."""

@@ -6,10 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from draftsmith.models.slots import attention
 from draftsmith.models.slots.attention import attend, skipping
+from draftsmith.models.trunk.attention import layer_attention
 
 CASES = [(2, 6, 2, 5, 300, 32), (1, 8, 8, 16, 256, 16), (3, 9, 3, 1, 130, 16), (2, 4, 1, 7, 40, 8)]
 
@@ -30,6 +33,18 @@ def test_shared_heads_and_skipped_slots_give_the_numbers_of_repeated_keys(
     expected = F.scaled_dot_product_attention(queries, *repeated, mask)
     torch.testing.assert_close(attend(queries, keys, values, mask), expected)
     torch.testing.assert_close(attend(queries, keys, values, skipping(mask, ends)), expected)
+
+
+@pytest.mark.parametrize(("num_new", "num_slots"), [(1, 40), (5, 5)], ids=["one token", "causal"])
+def test_without_a_mask_a_layer_attends_as_transformers_does(num_new: int, num_slots: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randn(1, 6, num_new, 16, generator=generator)
+    keys, values = torch.randn(2, 1, 2, num_slots, 16, generator=generator)
+    module = nn.Module()
+    module.num_key_value_groups = 3
+    expected, _ = sdpa_attention_forward(module, queries, keys, values, None, scaling=0.2)
+    own, _ = layer_attention(module, queries, keys, values, None, scaling=0.2)
+    torch.testing.assert_close(own, expected)
 
 
 def test_the_shapes_of_a_mask_that_skips_slots_do_not_depend_on_how_many_these_are() -> None:

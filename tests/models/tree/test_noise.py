@@ -11,7 +11,7 @@ from scipy import stats
 from torch import Tensor
 
 from draftsmith.decode.sampling import GenerationSettings, choose, process
-from draftsmith.models.tree.noise import draw, draw_at, exponentials, keys_at, request_keys, uniforms
+from draftsmith.models.tree.noise import draw, draw_at, exponentials, keys_at, keys_behind, request_keys, uniforms
 
 CPU = torch.device("cpu")
 # Of SplitMix64 seeded with 1234567, as unsigned numbers.
@@ -41,6 +41,13 @@ def chi_square(observed: Tensor, expected_probs: Tensor) -> float:
 def test_the_hash_is_splitmix64() -> None:
     keys = keys_at(torch.tensor(1234567), torch.arange(5))
     assert keys.numpy().view(np.uint64).tolist() == PUBLISHED
+
+
+def test_keys_behind_a_place_are_those_of_the_places_that_follow() -> None:
+    keys = torch.tensor([1234567, -7])
+    behind = keys_behind(keys, torch.tensor([2, 0]), 3)
+    assert behind[0].numpy().view(np.uint64).tolist() == PUBLISHED[2:]
+    assert behind[1].tolist() == keys_at(keys[1], torch.arange(3)).tolist()
 
 
 @pytest.mark.parametrize("axis", ["seeds", "requests", "positions"])
@@ -136,6 +143,7 @@ def test_nodes_at_one_place_draw_alike_and_parts_change_nothing(monkeypatch: pyt
     assert torch.equal(whole[:, 1], whole[:, 2])
     assert torch.equal(whole[:, 3], whole[:, 5])
     assert torch.equal(whole[:, :1], draw(logits[:, 0].softmax(-1), keys[:, :1]))
+    assert torch.equal(whole[:, :1], draw_at(logits[:, :1], keys[:, :1], place[:, :1]))
     monkeypatch.setattr("draftsmith.models.tree.noise._PART", 100)
     assert torch.equal(draw_at(logits, keys, place), whole)
 
