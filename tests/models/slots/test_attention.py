@@ -17,6 +17,12 @@ from draftsmith.models.trunk.attention import layer_attention
 CASES = [(2, 6, 2, 5, 300, 32), (1, 8, 8, 16, 256, 16), (3, 9, 3, 1, 130, 16), (2, 4, 1, 7, 40, 8)]
 
 
+class SharedHeads(nn.Module):
+    """An attention layer of which three query heads share keys and values."""
+
+    num_key_value_groups = 3
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize(("B", "H", "G", "N", "S", "D"), CASES)
 def test_shared_heads_and_skipped_slots_give_the_numbers_of_repeated_keys(
@@ -40,10 +46,8 @@ def test_without_a_mask_a_layer_attends_as_transformers_does(num_new: int, num_s
     generator = torch.Generator().manual_seed(0)
     queries = torch.randn(1, 6, num_new, 16, generator=generator)
     keys, values = torch.randn(2, 1, 2, num_slots, 16, generator=generator)
-    module = nn.Module()
-    module.num_key_value_groups = 3
-    expected, _ = sdpa_attention_forward(module, queries, keys, values, None, scaling=0.2)
-    own, _ = layer_attention(module, queries, keys, values, None, scaling=0.2)
+    expected, _ = sdpa_attention_forward(SharedHeads(), queries, keys, values, None, scaling=0.2)
+    own, _ = layer_attention(SharedHeads(), queries, keys, values, None, scaling=0.2)
     torch.testing.assert_close(own, expected)
 
 
