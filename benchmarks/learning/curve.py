@@ -94,6 +94,7 @@ RUNS = {
     "e4-quiet": Run("four epochs, no noise", 4, {}, {"feature_noise": 0.0}),
     "e4-more": Run("four epochs more", 4, after="e4"),
     "e4-hass": Run("then two epochs of three steps (HASS)", 2, _HASS, after="e4"),
+    "e4-hass-more": Run("two epochs of three steps more", 2, _HASS, after="e4-hass"),
     "text-e4": Run("cheap text once, four epochs", 4, text_epochs=1),
     "text-e12": Run("cheap text once, twelve epochs", 12, text_epochs=1),
     "text-r4": Run("ReDrafter, cheap text once, four epochs", 4, redrafter=True, text_epochs=1),
