@@ -18,7 +18,7 @@ LARGEST = 1500
 """Questions of the largest judge, which take more training problems."""
 MORE = 4000
 """Training problems besides: about a quarter gives both a right and a wrong answer."""
-THRESHOLDS, MINED_THRESHOLDS = (0.3, 0.5, 0.7, 0.9), (0.5, 0.95, 0.98, 0.99, 0.997)
+THRESHOLDS, MINED_THRESHOLDS = (0.3, 0.5, 0.7, 0.9), (0.5, 0.8, 0.95, 0.98, 0.99, 0.997)
 """Of the drafts' tokens that the target would not have chosen, the mined judge gives nearly all correct ones more than 0.9."""
 LARGEST_NAME = f"{LARGEST} questions"
 REPORT = "report-ablations"
