@@ -83,7 +83,7 @@ class SlotCache(Cache):
         ] = []  # of a layer's keys and values: pool, row of it
         self._slots_BN = torch.empty(0, 0, dtype=torch.int64)
         self._first: int | None = None
-        self._parts: dict[tuple[int, int, int], tuple[Tensor, ...]] = {}  # of the forward in progress; see _part
+        self._parts: dict[tuple[int, int, int], Tensor] = {}  # of the forward in progress; see _part
 
     def aim(self, slots_BN: Tensor, window: int, first: int | None = None) -> None:
         """Say where the next forward writes, and how many slots it sees.
@@ -130,11 +130,11 @@ class SlotCache(Cache):
         return self._part(key_place, 0, self.window), self._part(value_place, 0, self.window)
 
     def _part(self, place: tuple[int, int], start: int, end: int) -> Tensor:
-        """Some slots of a layer, [B, H, end - start, Dh]. All layers of a buffer are cut at once, since a cut costs as much as a write."""
+        """Some slots of a layer, [B, H, end - start, Dh]. A buffer is cut once for all its layers, since a cut costs as much as a write."""
         index, row = place
         key = index, start, end
         if key not in self._parts:
-            self._parts[key] = self._pools[index][..., start:end, :].unbind(0)
+            self._parts[key] = self._pools[index][..., start:end, :]
         return self._parts[key][row]
 
     def _write(self, place: tuple[int, int], states: Tensor) -> None:
