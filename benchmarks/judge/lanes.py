@@ -3,6 +3,7 @@
 Owns which stage runs when, which ones an earlier run did, and how long each took. Does not know what a stage does.
 """
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -81,9 +82,7 @@ class Stages:
                     process.join()
                     self._check(stage, process)
         finally:
-            for _, process in running.values():
-                process.terminate()
-                process.join()
+            _end([process for _, process in running.values()])
             self._add_to_clock(time.perf_counter() - started)
 
     def check_plan(self, plan: dict[str, Any]) -> None:
@@ -150,6 +149,21 @@ class Stages:
     def _add_to_clock(self, seconds: float) -> None:
         self.work.mkdir(parents=True, exist_ok=True)
         atomic_write(self.work / "clock.json", json.dumps({"seconds": self.clock_seconds() + seconds}) + "\n")
+
+
+def _end(processes: Sequence[BaseProcess]) -> None:
+    """Asks until they end.
+
+    The handler of the signal raises. Python drops what is raised in a finaliser or a callback of its garbage
+    collection, so a request can get lost.
+    """
+    for asked in itertools.count():
+        for process in processes:
+            process.terminate() if asked < 3 else process.kill()
+        for process in processes:
+            process.join(5.0)
+        if not any(process.is_alive() for process in processes):
+            return
 
 
 def _processor_seconds() -> float:

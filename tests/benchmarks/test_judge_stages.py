@@ -94,8 +94,23 @@ def test_a_stage_that_fails_is_quoted_and_runs_again(tmp_path: Path, fail: Calla
     assert set(stages.spent()) == {"good", "bad", "next"}
 
 
-def test_a_failure_ends_the_stages_beside_it(tmp_path: Path) -> None:
+class Swallows:
+    """Waits in its finaliser, where Python drops what a handler of signals raises."""
+
+    def __init__(self, waits: Path) -> None:
+        self.waits = waits
+
+    def __del__(self) -> None:
+        self.waits.touch()
+        time.sleep(60)
+
+
+@pytest.mark.parametrize("swallows", [pytest.param(False, id="heard"), pytest.param(True, id="first request lost")])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_failure_ends_the_stages_beside_it(tmp_path: Path, swallows: bool) -> None:
     def wait() -> None:
+        if swallows:
+            Swallows(tmp_path / "waits")
         (tmp_path / "waits").touch()
         time.sleep(60)
 
