@@ -5,7 +5,8 @@
       --tables 2-gram=FOLDER 4-gram=FOLDER [--lms LM=FOLDER] [--paths 16] [--shape 4x4n16] [--alphas 0.1 0.2 0.5 1]
 
 The first form trains what it compares, each part for the same seconds, and makes one table: none, 0-gram, 2-gram, 4-gram, the best whole
-paths, a neural LM, a Markov correction, look-around, and look-around with 2-grams. Alpha is chosen for each row on the first quarter of the
+paths, a neural LM, a Markov correction, look-around, and look-around with 2-grams. A second table has them by `category` or `kind` of the
+tests, where these have one. Alpha is chosen for each row on the first quarter of the
 replies; the figures are those of the others. ROWS and TESTS are JSONL with `prompt_ids` and the target's greedy `reply_ids`.
 
 The second form takes heads and tables that exist, and gives a table for each head. CACHE holds greedy replies of the target to held-out
@@ -39,8 +40,10 @@ from draftsmith.data.shards.packing import pack
 from draftsmith.data.shards.shards import CachedSample
 from draftsmith.evaluate.strata.acceptance import tokens_per_step, tokens_per_step_interval
 from draftsmith.evaluate.strata.decoded import Decoded
+from draftsmith.evaluate.strata.words import ranged
 from draftsmith.evaluate.tune.recording import Drafted, traced
 from draftsmith.evaluate.tune.simulate import replay
+from draftsmith.files import read_jsonl
 from draftsmith.models import Drafter, DraftLimits
 from draftsmith.models.composed.refined_drafter import RefinedConfig, RefinedDrafter
 from draftsmith.models.composed.revisers import LMReviser, NgramReviser
@@ -63,18 +66,37 @@ class Gain:
         interval: 95 % bootstrap over prompts.
         repeats: share of adjacent equal tokens in the likeliest path of a draft.
         milliseconds: the process's time in a row's draft.
+        decoded: each reply with its cycles.
     """
 
     steps: float
     interval: tuple[float, float]
     repeats: float
     milliseconds: float
+    decoded: list[Decoded]
 
     def cells(self, control: float) -> str:
         """Of a table's row."""
         low, high = self.interval
         over = f"{100 * (self.steps / control - 1):+.1f} %"
         return f"{self.steps:.2f} ({low:.2f} to {high:.2f}) | {over} | {100 * self.repeats:.1f} % | {self.milliseconds:.2f}"
+
+    def task_cells(self, tasks: Sequence[str], control: Gain) -> str:
+        """Tokens per step of each task, and how much more than the control's; of a table's row.
+
+        Args:
+            tasks: of each reply.
+            control: the candidates alone, on the same replies.
+        """
+        cells = []
+        for task in dict.fromkeys(tasks):
+            own, others = (
+                [each for each, of in zip(gain.decoded, tasks, strict=True) if of == task] for gain in (self, control)
+            )
+            steps, base = tokens_per_step(own), tokens_per_step(others)
+            over = f"{100 * (steps / base - 1):+.1f} %" if steps and base else "-"
+            cells.append(f"{ranged(steps, tokens_per_step_interval(own))} | {over}")
+        return " | ".join(cells)
 
 
 @dataclass(frozen=True)
@@ -151,7 +173,7 @@ def gain_of(drafter: Drafter, samples: Sequence[CachedSample], limits: DraftLimi
     steps, interval = tokens_per_step(decoded), tokens_per_step_interval(decoded)
     assert steps is not None
     assert interval is not None
-    return Gain(steps, interval, repeats / max(1, pairs), 1000.0 * seconds / max(1, rows))
+    return Gain(steps, interval, repeats / max(1, pairs), 1000.0 * seconds / max(1, rows), decoded)
 
 
 def likeliest_path(tree: Drafted) -> list[int]:
@@ -260,13 +282,15 @@ def one_table(options: argparse.Namespace) -> Iterator[str]:
     yield "| refinement | alpha | tokens per step (95 %) | over the 0-gram | repeats | CPU ms |"
     yield "|---|---|---|---|---|---|"
     chosen_on, counted = samples[:first], samples[first:]
+    gains = dict[str, Gain]()
     control = gain_of(refined(heads["none"], ends, opinions["candidates"], 0.0, options), counted, limits)
     for row in ROWS:
         num_paths = (options.paths or 16) if row.paths else 0
+        alpha = ""
         if row.opinion == "candidates":
-            cells = f"0 | {control.cells(control.steps)}"
+            gain, alpha = control, "0"
         elif not row.opinion:
-            cells = f" | {gain_of(heads[row.head], counted, limits).cells(control.steps)}"
+            gain = gain_of(heads[row.head], counted, limits)
         else:
             tried = {
                 alpha: refined(heads[row.head], ends, opinions[row.opinion], alpha, options, num_paths)
@@ -275,8 +299,32 @@ def one_table(options: argparse.Namespace) -> Iterator[str]:
             best = options.alphas[0]
             if len(tried) > 1:
                 best = max(tried, key=lambda alpha: gain_of(tried[alpha], chosen_on, limits).steps)
-            cells = f"{best:g} | {gain_of(tried[best], counted, limits).cells(control.steps)}"
-        yield f"| {row.name.format(paths=num_paths)} | {cells} |"
+            gain, alpha = gain_of(tried[best], counted, limits), f"{best:g}"
+        name = row.name.format(paths=num_paths)
+        gains[name] = gain
+        yield f"| {name} | {alpha} | {gain.cells(control.steps)} |"
+    yield from _by_task(gains, control, _tasks(options.tests, counted))
+
+
+def _by_task(gains: dict[str, Gain], control: Gain, tasks: Sequence[str]) -> Iterator[str]:
+    """A second table, where there are tasks."""
+    names = list(dict.fromkeys(tasks))
+    if len(names) < 2:
+        return
+    yield ""
+    titles = (f"{name}, {tasks.count(name)} replies: tokens per step (95 %) | over the 0-gram" for name in names)
+    yield f"| refinement | {' | '.join(titles)} |"
+    yield f"|---{'|---' * 2 * len(names)}|"
+    yield from (f"| {name} | {gain.task_cells(tasks, control)} |" for name, gain in gains.items())
+
+
+def _tasks(tests: Path, samples: Sequence[CachedSample]) -> list[str]:
+    """The `category` or `kind` of each sample's row; empty where it has neither."""
+    named = {
+        (*row["prompt_ids"], *row["reply_ids"]): str(row.get("category") or row.get("kind") or "")
+        for _, row in read_jsonl(tests)
+    }
+    return [named[tuple(sample.input_ids.tolist())] for sample in samples]
 
 
 def report(options: argparse.Namespace) -> Iterator[str]:

@@ -75,7 +75,7 @@ def test_the_likeliest_path_follows_the_best_child_of_each_node() -> None:
 def test_one_run_trains_what_it_compares_and_makes_the_whole_table(tmp_path: Path) -> None:
     for name, count in (("rows", 12), ("tests", 4)):
         rows = [
-            {"id": str(n), "prompt_ids": [20 + n], "reply_ids": [n + token % 7 for token in range(24)]}
+            {"kind": "ab"[n % 2], "prompt_ids": [20 + n], "reply_ids": [n + token % 7 for token in range(24)]}
             for n in range(count)
         ]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -85,8 +85,14 @@ def test_one_run_trains_what_it_compares_and_makes_the_whole_table(tmp_path: Pat
     lines = list(
         report(parse([*words.split(), "--seconds", "1", "--alphas", "0.5", "4", "--paths", "4", "--candidates", "256"]))
     )
-    rows = [line.split(" | ") for line in lines if line.startswith("| ") and "---" not in line][1:]
-    assert [cells[0].removeprefix("| ") for cells in rows] == [
+    tables = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ") and "---" not in line]
+    rows, (titles, *by_task) = tables[1:10], tables[10:]
+    assert [title.split(",")[0] for title in titles[1::2]] == ["b", "a"], "the first reply is of a, and chose alpha"
+    assert [cells[0] for cells in by_task] == [cells[0] for cells in rows]
+    for whole, cells in zip(rows, by_task, strict=True):
+        assert min(float(cells[1].split()[0]), float(cells[3].split()[0])) <= float(whole[2].split()[0]) + 0.01
+    assert [cells[2] for cells in by_task[1:2]] == ["+0.0 %"]
+    assert [cells[0] for cells in rows] == [
         "none",
         "0-gram: the candidates alone",
         "2-gram",
