@@ -26,7 +26,6 @@ from transformers import (
     GgufConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -225,8 +224,8 @@ def read_adapter(kind: type[Any], model: Any, folder: Path) -> Any:
     return kind.from_pretrained(model, str(folder))
 
 
-def read_gguf(folder: Path, name: str, shown: Path, tensors: Iterable[str]) -> tuple[Any, PreTrainedTokenizerBase]:
-    """Read model and tokenizer from a GGUF file, which holds no code; the weights are dequantised to float32.
+def read_gguf(folder: Path, name: str, shown: Path, tensors: Iterable[str]) -> Any:
+    """Read a model from a GGUF file, which holds no code; the weights are dequantised to float32.
 
     Args:
         folder: that holds the file and nothing else.
@@ -235,13 +234,12 @@ def read_gguf(folder: Path, name: str, shown: Path, tensors: Iterable[str]) -> t
         tensors: names of all tensors in the file.
 
     Returns:
-        The model, which can be saved, and the tokenizer with its chat template.
+        The model, which can be saved.
 
     Raises:
         ValueError: the file cannot be read, or a tensor is missing, unknown or of another shape.
     """
     with _naming_the_folder(shown, "give another file, or the model's folder with safetensors"):
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
         config = AutoConfig.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -257,8 +255,15 @@ def read_gguf(folder: Path, name: str, shown: Path, tensors: Iterable[str]) -> t
             ignore_mismatched_sizes=True,
             trust_remote_code=False,
         )
-    refuse_faults(shown, report | {"unexpected_keys": {*report["unexpected_keys"], *unread}})
-    return model, tokenizer
+    shapes = {key: tensor.shape for key, tensor in empty.state_dict().items()}
+    # Some versions of Transformers put a tensor of another size in place and report nothing.
+    mismatched = {(key,) for key, tensor in model.state_dict().items() if tensor.shape != shapes[key]}
+    faults = {
+        "unexpected_keys": {*report["unexpected_keys"], *unread},
+        "mismatched_keys": {*report["mismatched_keys"], *mismatched},
+    }
+    refuse_faults(shown, report | faults)
+    return model
 
 
 def _unread_tensors(model: Any, names: Iterable[str]) -> set[str]:

@@ -37,7 +37,8 @@ BELOW = {
 # The rooms of each package with those that each may import from; "" is the package's own files.
 ROOMS: dict[str, dict[str, set[str]]] = {
     "models": {
-        "files": set(),
+        "gguf": set(),
+        "files": {"gguf"},
         "slots": set(),
         "tree": {"files", "slots"},
         "trunk": {"files", "slots", "tree"},

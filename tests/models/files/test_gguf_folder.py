@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import shutil
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import transformers.integrations.gguf
-from safetensors.torch import load_file
 from tiny import EOS, TEMPLATE, save_target
+from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from draftsmith.cli import main
@@ -28,88 +26,7 @@ from draftsmith.models.files.model_folder import openable_name, resolve
 if importlib.util.find_spec("gguf") is None:
     pytest.skip("needs the gguf package: pip install 'draftsmith[gguf]'", allow_module_level=True)
 import gguf
-
-NAMES = {
-    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-}  # fmt: skip
-KINDS = {"F32": np.float32, "F16": np.float16, "Q8_0": None}
-Change = Callable[[gguf.GGUFWriter], object]
-FIRST = 1  # the number of the token that files name as a text's first
-
-
-def gguf_name(name: str) -> str:
-    stem = name.removesuffix(".weight")
-    if stem.startswith("model.layers."):
-        _, _, layer, part = stem.split(".", 3)
-        return f"blk.{layer}.{NAMES[part]}.weight"
-    return f"{NAMES[stem]}.weight"
-
-
-def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rotary halves of each head as llama.cpp orders them."""
-    return weight.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
-
-
-def write_gguf(
-    file: Path,
-    folder: Path,
-    kind: str = "F32",
-    change: Change | None = None,
-    without: str = "",
-    architecture: str = "llama",
-    first: int | None = FIRST,
-) -> Path:
-    """The model in a folder as a GGUF file with a byte-level BPE."""
-    config = json.loads((folder / "config.json").read_text())
-    writer = gguf.GGUFWriter(file, architecture)
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    add_tokenizer(writer, json.loads((folder / "tokenizer.json").read_text()), first)
-    if change is not None:
-        change(writer)
-    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-    for name, tensor in load_file(folder / "model.safetensors").items():
-        if name == without:
-            continue
-        data, own = tensor.numpy(), gguf_name(name)
-        data = next((interleaved(data, count) for part, count in heads.items() if part in own), data)
-        if kind == "Q8_0" and data.ndim > 1:
-            quantized = gguf.GGMLQuantizationType.Q8_0
-            writer.add_tensor(own, gguf.quants.quantize(data, quantized), raw_dtype=quantized)
-        else:
-            writer.add_tensor(own, data.astype(KINDS[kind] or np.float32) if data.ndim > 1 else data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return file
-
-
-def add_tokenizer(writer: gguf.GGUFWriter, saved: dict[str, Any], first: int | None) -> None:
-    special = {token["id"] for token in saved["added_tokens"]}
-    tokens = sorted(saved["model"]["vocab"].items(), key=lambda item: item[1])
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([token for token, _ in tokens])
-    writer.add_token_types(
-        [gguf.TokenType.CONTROL if number in special else gguf.TokenType.NORMAL for _, number in tokens]
-    )
-    writer.add_token_merges([" ".join(pair) for pair in saved["model"]["merges"]])
-    if first is not None:
-        writer.add_bos_token_id(first)
-    writer.add_eos_token_id(EOS)
-    writer.add_pad_token_id(0)
-    writer.add_add_bos_token(False)
-    writer.add_chat_template(TEMPLATE)
+from gguf_files import FIRST, write_gguf
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -165,29 +82,51 @@ def test_tokens_template_and_end_tokens_are_those_of_the_folder(file: Path, fold
     assert read_end_tokens(str(file)) == Target.load(str(file)).eos_token_ids == (EOS,)
 
 
-def test_special_tokens_are_those_that_the_file_states(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def mistaken(*arguments: Any) -> tuple[Any, Any]:
-        model, tokenizer = read(*arguments)
-        tokenizer.eos_token = tokenizer.bos_token  # as transformers 5.17 has it
-        return model, tokenizer
-
-    read = gguf_folder.read_gguf
-    monkeypatch.setattr(gguf_folder, "read_gguf", mistaken)
-    tokenizer = load_tokenizer(
-        str(write_gguf(tmp_path / "tiny.gguf", folder, change=lambda writer: writer.add_name("x")))
-    )
+def test_special_tokens_are_those_that_the_file_states(file: Path) -> None:
+    tokenizer = load_tokenizer(str(file))
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (FIRST, EOS, 0)
     assert tokenizer.unk_token is None
 
 
-@pytest.mark.skipif(
-    not hasattr(transformers.integrations.gguf, "GGUF_TOKENIZER_MAPPING"), reason="transformers 5.17 cannot read one"
-)
 def test_a_file_without_a_first_token_has_none(folder: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(write_gguf(tmp_path / "tiny.gguf", folder, first=None)))
     assert (tokenizer.bos_token, tokenizer.eos_token_id) == (None, EOS)
+    assert len(tokenizer) == Target.load(str(tmp_path / "tiny.gguf")).config.vocab_size
+
+
+def test_a_file_that_puts_a_first_token_and_names_none_is_an_error(folder: Path, tmp_path: Path) -> None:
+    nameless = write_gguf(tmp_path / "tiny.gguf", folder, first=None, begins=True)
+    with pytest.raises(ValueError, match=r"tiny\.gguf puts a token before each text .* does not say which"):
+        load_tokenizer(str(nameless))
+
+
+def test_text_is_split_by_the_rule_that_the_file_names(folder: Path, tmp_path: Path) -> None:
+    words = {}
+    for name in ("gpt-2", "llama-bpe", "smollm"):
+        tokenizer = load_tokenizer(str(write_gguf(tmp_path / f"{name}.gguf", folder, pre=name)))
+        words[name] = [word for word, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("now 12345")]
+    assert words == {
+        "gpt-2": ["now", "Ġ12345"],
+        "llama-bpe": ["now", "Ġ", "123", "45"],
+        "smollm": ["now", "Ġ", "1", "2", "3", "4", "5"],
+    }
+
+
+def test_a_tokenizer_that_transformers_reads_back_as_another_is_an_error(
+    folder: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def splits_nothing(place: Path) -> Any:
+        tokenizer = read(place)
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        return tokenizer
+
+    read = gguf_folder.read_tokenizer
+    monkeypatch.setattr(gguf_folder, "read_tokenizer", splits_nothing)
+    changed = write_gguf(tmp_path / "changed.gguf", folder, change=lambda writer: writer.add_name("changed"))
+    before = set(cache.iterdir()) if cache.exists() else set()
+    with pytest.raises(ValueError, match=r"changed\.gguf has a tokenizer that Transformers does not keep"):
+        load_tokenizer(str(changed))
+    assert set(cache.iterdir()) - before <= {cache / ".lock"}
 
 
 def test_ends_of_turns_and_messages_end_a_reply_too(folder: Path, tmp_path: Path) -> None:
@@ -253,6 +192,8 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
         {"change": lambda writer: writer.add_tensor("rope_freqs.weight", np.ones(4, np.float32))},
         r"unexpected keys: rope_freqs\.weight",
     ),
+    "a short tensor": ({"short": "model.layers.1.mlp.up_proj.weight"}, r"mismatched shapes: model\.layers\.1\.mlp\.up_proj"),
+    "an unknown split": ({"pre": "youtu"}, r"splits text by the rule 'youtu', which is not known here"),
     "another size": ({"change": lambda writer: writer.add_vocab_size(200)}, "mismatched shapes"),
     "an unknown architecture": ({"architecture": "plamo"}, r"the architecture 'plamo', which Transformers does not read"),
     "a scaled rope": (
