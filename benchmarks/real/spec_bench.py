@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,7 +30,9 @@ from draftsmith.evaluate.strata.acceptance import tokens_per_step, tokens_per_st
 from draftsmith.evaluate.strata.categories import prompts_by_category
 from draftsmith.evaluate.strata.decoded import Decoded
 from draftsmith.evaluate.strata.words import ranged, table
+from draftsmith.evaluate.tune.recording import Recorded
 from draftsmith.evaluate.tune.simulate import replay
+from draftsmith.models import DraftLimits
 from draftsmith.models.drafters.drafter_folder import load_drafter
 from draftsmith.models.target.target import TargetEnds
 from draftsmith.models.tree.shapes import shape_text
@@ -135,9 +137,22 @@ def drafter_columns(entry: Entry, ends: TargetEnds, replies: ReplySet) -> Iterat
         A column for each shape.
     """
     drafter = load_drafter(entry.path).bound(ends)
+    recorded = dict[DraftLimits, list[Recorded]]()
     for limits in entry.shapes:
-        recorded = record_cached(drafter, replies.samples, limits)
-        yield Column(f"{entry.name} {shape_text(limits)}", [replay(reply, limits) for reply in recorded])
+        largest = max((each for each in entry.shapes if _same_but_nodes(each, limits)), key=_num_nodes, default=limits)
+        if largest not in recorded:
+            recorded[largest] = record_cached(drafter, replies.samples, largest)
+        yield Column(f"{entry.name} {shape_text(limits)}", [replay(reply, limits) for reply in recorded[largest]])
+
+
+def _same_but_nodes(first: DraftLimits, second: DraftLimits) -> bool:
+    """Dynamic trees that differ in their number of nodes alone: the smaller one is a part of the larger one."""
+    both = first.node_budget is not None and second.node_budget is not None
+    return both and replace(first, node_budget=second.node_budget) == second
+
+
+def _num_nodes(limits: DraftLimits) -> int:
+    return limits.node_budget or 0
 
 
 def category_table(replies: ReplySet, columns: Sequence[Column]) -> str:

@@ -21,6 +21,7 @@ from draftsmith.decode import Engine, GenerationSettings
 from draftsmith.evaluate.tune.recording import record
 from draftsmith.evaluate.tune.simulate import replay
 from draftsmith.models import Drafter, DraftLimits, Eagle, ReDrafter, Target
+from draftsmith.models.composed.suffix_drafter import SuffixConfig, SuffixDrafter
 from draftsmith.models.target.target import PRE_NORM
 
 LIMITS = DraftLimits(3, 4, node_budget=8)
@@ -36,7 +37,8 @@ def drafter_of(model: Target, kind: str) -> Drafter:
     if kind == "eagle":
         return shaken(Eagle.for_target(model.ends))
     torch.manual_seed(0)
-    return ReDrafter.for_target(model.ends, num_draft_steps=4)
+    head = ReDrafter.for_target(model.ends, num_draft_steps=4)
+    return SuffixDrafter(SuffixConfig(), head) if kind == "union" else head
 
 
 def cached(model: Target, lengths: dict[int, int], request: GenerationSettings = REQUEST) -> list[CachedSample]:
@@ -64,10 +66,12 @@ def test_a_cache_of_greedy_replies_tells_what_real_decoding_accepts(model: Targe
     assert acceptance(replayed, LIMITS).positions == sum(len(reply.token_ids) - 1 for reply in real)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("kind", ["redrafter", "union"])
 @torch.inference_mode()
-def test_sampled_replies_take_the_cycles_of_the_engine(model: Target) -> None:
-    request = GenerationSettings(max_new_tokens=8, temperature=1.0, seed=3)
-    drafter = drafter_of(model, "redrafter")
+def test_replies_take_the_cycles_of_the_engine(model: Target, kind: str, temperature: float) -> None:
+    request = GenerationSettings(max_new_tokens=16, temperature=temperature, seed=3)
+    drafter = drafter_of(model, kind)
     replayed = record_cached(drafter.bound(model.ends), cached(model, {}, request), LIMITS)
     real = Engine(model, drafter, LIMITS).generate([list(sample.prompt_ids) for sample in SAMPLES], request)
     for ours, engines in zip(replayed, real, strict=True):

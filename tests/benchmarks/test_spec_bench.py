@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from doubles import random_target
+from heads import shaken
 from tiny import make_tokenizer
 from tuning import SAMPLES
 
+from benchmarks.real import spec_bench
 from benchmarks.real.spec_bench import lookup_decoded, main, reply_set
 from draftsmith.data.cache.extract import extract
 from draftsmith.decode import Engine, GenerationSettings
@@ -74,6 +76,27 @@ def test_every_contender_has_a_column_and_every_category_a_row(
     assert lines[2] == "| category | prompts | prompt lookup 5 | head 1x2 | head 2x2n3 |"
     assert [line.split(" | ")[:2] for line in lines[4:]] == [["| math", "1"], ["| qa", "2"], ["| all", "3"]]
     assert (tmp_path / "page.md").read_text().splitlines() == lines
+
+
+def test_trees_of_one_depth_share_their_drafts_and_count_as_each_does_alone(
+    replies: Path, target_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    shaken(Eagle.for_target(Target.load(str(target_dir)).ends)).save_pretrained(tmp_path / "drafter")
+    words = ["--target", str(target_dir), "--set", "0", str(replies), str(tmp_path / "cache")]
+    recordings = []
+    record = spec_bench.record_cached
+    monkeypatch.setattr(spec_bench, "record_cached", lambda *given: recordings.append(given) or record(*given))
+
+    def cells(shapes: str) -> list[list[str]]:
+        main([*words, "--drafters", f"head={tmp_path / 'drafter'}@{shapes}", "--report", str(tmp_path / "page.md")])
+        return [line.strip("| ").split(" | ")[3:] for line in capsys.readouterr().out.splitlines()[4:]]
+
+    shapes = ("30x2n5", "30x2n90", "1x4", "30x1n5")
+    together = cells(",".join(shapes))
+    assert len(recordings) == 3
+    assert together == [[row[0] for row in rows] for rows in zip(*map(cells, shapes), strict=True)]
+    assert together[-1][0] != together[-1][1]
 
 
 def test_a_cache_of_other_replies_is_an_error(replies: Path, tmp_path: Path) -> None:
