@@ -19,6 +19,7 @@ SAMPLES ?= $(if $(ON_GPU),16,1)
 EPOCHS ?=
 TEST_LIMIT ?= $(if $(ON_GPU),30,15)
 REAL_SHAPES ?= 1x3,10x5n24
+UNION_SHAPE ?= 10x10n24
 DRAFT_LAYERS ?= 4
 
 real: $(REAL_DONE)/evaluate
@@ -71,12 +72,14 @@ $(REAL_DONE)/export: $(REAL_DONE)/train-eagle $(REAL_DONE)/train-redrafter
 	@echo "6/7 export: write the best heads as safetensors, ready to decode with"
 	@$(DRAFTSMITH) export --drafter $(REAL)/eagle/drafter --target $(MODEL) --out $(REAL)/heads/eagle
 	@$(DRAFTSMITH) export --drafter $(REAL)/redrafter/drafter --target $(MODEL) --out $(REAL)/heads/redrafter
+	@mkdir -p $(REAL)/heads/union
+	@printf '{"model_type": "draftsmith_suffix", "head": "../eagle"}\n' > $(REAL)/heads/union/config.json
 	@touch $@
 
 $(REAL_DONE)/evaluate: $(REAL_DONE)/export $(REAL_DONE)/train-draft_lm
 	@echo "7/7 evaluate: race the drafters against plain decoding and prompt lookup, and compare every reply"
 	@$(DRAFTSMITH) evaluate --target $(MODEL) --prompts $(REAL)/prompts --split test --limit $(TEST_LIMIT) \
 	  --drafters eagle=$(REAL)/heads/eagle redrafter=$(REAL)/heads/redrafter draft_lm=$(REAL)/draft_lm/draft_lm@1x3 \
-	  --shapes $(REAL_SHAPES) --temperatures 0,1 \
+	    union=$(REAL)/heads/union@$(UNION_SHAPE) --shapes $(REAL_SHAPES) --temperatures 0,1 \
 	  --max_new_tokens 64 --transformers_prompts 5 --prompt_lookup 5 --out $(REAL) > /dev/null
 	@touch $@

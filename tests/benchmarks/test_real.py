@@ -4,11 +4,12 @@ import hashlib
 import json
 import os
 import shlex
+import subprocess
 import zipfile
 from pathlib import Path
 
 import pytest
-from pages import ROOT, make_recipes
+from pages import ROOT, make_lines, make_recipes
 
 from benchmarks.real import fetch
 from draftsmith import cli
@@ -73,14 +74,18 @@ def test_every_stage_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:40]))
     monkeypatch.chdir(tmp_path)
     settings = ("MODEL=embedded:target", "PROMPTS=some.jsonl", "REPLY_TOKENS=8", "SAMPLES=2", "TEST_LIMIT=2")
-    recipes = make_recipes(*settings, "REAL_SHAPES=1x2", "DRAFT_LAYERS=1", "real")
+    settings = (*settings, "REAL_SHAPES=1x2", "UNION_SHAPE=2x4n4", "DRAFT_LAYERS=1", "real")
+    recipes = make_recipes(*settings)
     assert len(recipes) == 10
+    for line in make_lines(*settings):
+        if line.startswith(("mkdir -p runs/real/heads/", "printf '{")):
+            subprocess.run(line, shell=True, check=True)
     for line in recipes:
         words = shlex.split(line.partition(" > ")[0])[1:]
         small = SMALL["draft_lm" if "configs/draft_lm.yaml" in words else words[0]]
         assert cli.main([*words, *small.split()]) == 0, line
     report = json.loads(Path("runs/real/report.json").read_text())
-    assert {"eagle", "redrafter", "draft_lm"} <= {str(row["drafter"]).split()[0] for row in report["rows"]}
+    assert {"eagle", "redrafter", "draft_lm", "union"} <= {str(row["drafter"]).split()[0] for row in report["rows"]}
     assert {row["temperature"] for row in report["rows"]} == {0.0, 1.0}
     assert json.loads(Path("runs/real/draft_lm/draft_lm/config.json").read_text())["num_hidden_layers"] == 1
     assert os.listdir("runs/real/heads/redrafter")
