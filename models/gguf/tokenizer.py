@@ -169,29 +169,22 @@ def _add_first_and_last(backend: Tokenizer, header: GgufHeader, named: dict[str,
         "bos": begins if stated is None else stated,
         "eos": header.read(f"{_KEY}add_eos_token", bool) or False,
     }
-    around = {key: named[f"{key}_token"] for key, is_wanted in wanted.items() if is_wanted}
-    for key, token in around.items():
+    around = dict[str, str]()
+    for key in (key for key, is_wanted in wanted.items() if is_wanted):
+        token = named[f"{key}_token"]
         if token is None:
             raise ValueError(
                 f"{header.file} puts a token {'before' if key == 'bos' else 'behind'} each text (tokenizer.ggml.add_{key}_token) and does "
                 f"not say which (tokenizer.ggml.{key}_token_id); {_REMEDY}, or name it in a copy: gguf-new-metadata "
                 f"--special-token-by-id {key} NUMBER"
             )
+        around[key] = token
     if around:
-        before, behind = (
-            [around[key] for key in ("bos",) if key in around],
-            [around[key] for key in ("eos",) if key in around],
-        )
+        before, behind = ([around[key]] if key in around else [] for key in ("bos", "eos"))
+        first, second = [*before, "$A", *behind], [f"{part}:1" for part in (*before, "$B", *behind)]
         backend.post_processor = processors.TemplateProcessing(
-            single=[*before, "$A", *behind],
-            pair=[
-                *before,
-                "$A",
-                *behind,
-                *(f"{token}:1" for token in before),
-                "$B:1",
-                *(f"{token}:1" for token in behind),
-            ],
+            single=first,
+            pair=[*first, *second],
             special_tokens=[(token, backend.token_to_id(token)) for token in around.values()],
         )
 
