@@ -83,7 +83,9 @@ class BetweenTurns:
     def _before_first_turn(self) -> list[int]:
         """What the template writes before the user's first text."""
         asked = Message(role="user", content=_SENTINEL)
-        return self._template._encode(self._template._render([asked], add_generation_prompt=True).split(_SENTINEL)[0])
+        return self._template.rendered_ids(
+            self._template.render([asked], add_generation_prompt=True).split(_SENTINEL)[0]
+        )
 
     @functools.cached_property
     def _last_mark(self) -> int | None:
@@ -124,7 +126,7 @@ class History:
         self._between = BetweenTurns(template)
         self._messages = list(asked)
         # None once the template has failed on a reply: then nobody can tell what it would make of the turns before.
-        self._text: str | None = "" if template.text is None else template._render(asked, add_generation_prompt=True)
+        self._text: str | None = "" if template.text is None else template.render(asked, add_generation_prompt=True)
 
     def next_prompt_ids(
         self, prompt_ids: Sequence[int], reply_ids: Sequence[int], following: Sequence[Message]
@@ -157,7 +159,7 @@ class History:
         reply = Message(role="assistant", content=said.removeprefix(header))
         self._messages += [reply, *following]
         try:
-            self._text = self._template._render(self._messages, add_generation_prompt=True)
+            self._text = self._template.render(self._messages, add_generation_prompt=True)
         except TemplateRefusal:
             self._forget_replies()
             return grown
@@ -165,9 +167,9 @@ class History:
         as_said = (before + said, before + header + reply["content"])
         if self._text.startswith(as_said):
             return grown
-        anew = self._template._encode(self._text)
+        anew = self._template.rendered_ids(self._text)
         # A tokenizer may drop white space: then a text that differs in nothing else is the same ids.
-        read = [self._template._encode(text) for text in as_said]
+        read = [self._template.rendered_ids(text) for text in as_said]
         return grown if any(anew[: len(ids)] == ids for ids in read) else anew
 
     def replaced_prompt_ids(self, following: Sequence[Message]) -> list[int] | None:
@@ -182,8 +184,8 @@ class History:
         if self._text is None:
             return None
         self._messages += following
-        self._text = self._template._render(self._messages, add_generation_prompt=True)
-        return self._template._encode(self._text)
+        self._text = self._template.render(self._messages, add_generation_prompt=True)
+        return self._template.rendered_ids(self._text)
 
     def _between_ids(self, reply_ids: Sequence[int], following: Sequence[Message]) -> list[int]:
         """What lies between the latest reply and the next one."""
@@ -232,7 +234,7 @@ def check_turns(template: PromptTemplate, turns: Sequence[Sequence[Message]]) ->
                 raise ValueError(
                     "a tool's answer follows, and plain text shows no turns; give a template with --template"
                 )
-            template._render([*asked, *turn], add_generation_prompt=True)
+            template.render([*asked, *turn], add_generation_prompt=True)
         elif number and template.text is not None:
             around_reply(template, asked, turn)
             asked.append(_PLAIN_REPLY)
@@ -277,7 +279,7 @@ def around_reply(
     reply = Message(role="assistant", content=mark)
     if thought is not None:
         reply["reasoning_content"] = thought
-    head, *tails = template._render([*asked, reply, *following], add_generation_prompt=bool(following)).split(mark)
+    head, *tails = template.render([*asked, reply, *following], add_generation_prompt=bool(following)).split(mark)
     if len(tails) != 1:
         raise ValueError("the chat template does not show an assistant turn exactly once; give another with --template")
     return head, tails[0]

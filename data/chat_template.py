@@ -95,7 +95,7 @@ class ChatTemplate(PromptTemplate):
         if self.text is None:
             return [self._plain_conversation(sample_id, messages, learned, trained_on)]
         replies = [self._shown(messages[: number + 1], number in learned) for number in _assistants(messages)]
-        whole = self._render(messages, add_generation_prompt=False)
+        whole = self.render(messages, add_generation_prompt=False)
         if not learned or all(whole.startswith(reply.settled_text) for reply in replies):
             return [self._sample(sample_id, whole, replies if learned else [], trained_on)]
         to_learn = [reply for reply in replies if reply.is_learned]
@@ -168,7 +168,7 @@ class ChatTemplate(PromptTemplate):
         end, words = self.marks.thought_end, last["content"]
         if end and end in words:
             thought, _, words = words.partition(end)
-            asked = _num_shared(text, self._render(messages[:-1], add_generation_prompt=False))
+            asked = _num_shared(text, self.render(messages[:-1], add_generation_prompt=False))
             # What the prompt opens is before the reply.
             if thought.strip().removeprefix(self.marks.thought_start).strip() not in text[asked : reply.stop]:
                 raise ValueError(f"{place} has a thought in its words, which the chat template removes; {remedy}")
@@ -199,7 +199,7 @@ class ChatTemplate(PromptTemplate):
         for number in range(len(calls) if len(calls) > 1 else 0):
             without = cast(Message, {**last, "tool_calls": calls[:number] + calls[number + 1 :]})
             with contextlib.suppress(TemplateRefusal):
-                if self._render([*messages[:-1], without], add_generation_prompt=False) == text:
+                if self.render([*messages[:-1], without], add_generation_prompt=False) == text:
                     return number
         return None
 
@@ -218,7 +218,7 @@ class ChatTemplate(PromptTemplate):
         if "reasoning_content" in messages[-1]:
             without["reasoning_content"] = messages[-1]["reasoning_content"]
         with contextlib.suppress(TemplateRefusal):
-            body = self._render([*messages[:-1], without], add_generation_prompt=False).removesuffix(tail)
+            body = self.render([*messages[:-1], without], add_generation_prompt=False).removesuffix(tail)
             return max(words.start, _num_shared(text, body))
         return words.start
 
@@ -245,7 +245,7 @@ class ChatTemplate(PromptTemplate):
         """
         before = [head]
         with contextlib.suppress(TemplateRefusal):  # a conversation that the assistant begins has no prompt
-            before.append(self._render(messages[:-1], add_generation_prompt=True))
+            before.append(self.render(messages[:-1], add_generation_prompt=True))
         starts = [len(known) for known in before if text.startswith(known)]
         return max(starts, default=_num_shared(text, head))
 
@@ -262,7 +262,7 @@ class ChatTemplate(PromptTemplate):
     def _render_with_blocks(self, messages: Sequence[Message]) -> tuple[str, list[Span] | None]:
         """The rendered conversation, and its `{% generation %}` blocks; None where the template has none."""
         if not self._has_blocks:
-            return self._render(messages, add_generation_prompt=False), None
+            return self.render(messages, add_generation_prompt=False), None
         try:
             rendered = render_jinja_template(
                 [self.fields.shown(messages)],

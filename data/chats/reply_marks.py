@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from draftsmith.data.chats.token_kinds import Kind
-from draftsmith.models.target.prompt_template import NO_OPTIONS, NO_TEMPLATE, PromptTemplate, TemplateOptions
+from draftsmith.models.target.prompt_template import NO_OPTIONS, PromptTemplate, TemplateOptions, template_in_use
 from draftsmith.models.target.template_fields import PROBE, TemplateRefusal
 
 _INNER, _ARGUMENT = "draftsmithinner", "draftsmithargument"
@@ -59,9 +59,9 @@ class ReplyMarks:
         """What the template writes before and behind `_INNER` in a reply: between it and the words, or the prompt's end."""
         template, asked = self._template, [{"role": "user", "content": "-"}]
         with contextlib.suppress(TemplateRefusal):
-            prompt = template._render(asked, add_generation_prompt=True)
+            prompt = template.render(asked, add_generation_prompt=True)
             reply = {"role": "assistant", "content": PROBE, **extra}
-            written = template._render([*asked, reply], add_generation_prompt=False)
+            written = template.render([*asked, reply], add_generation_prompt=False)
             before, inner, behind = written.partition(_INNER)
             # A prompt that opens or closes a thought itself leaves no more to write before one.
             before = before.removeprefix(prompt) if before.startswith(prompt) else ""
@@ -178,5 +178,4 @@ def marks_of(
     Raises:
         ValueError: as `PromptTemplate`.
     """
-    chosen = NO_TEMPLATE if template is None and not tokenizer.chat_template else template
-    return ReplyMarks(PromptTemplate(tokenizer, chosen, options=options))
+    return ReplyMarks(template_in_use(tokenizer, template, options))

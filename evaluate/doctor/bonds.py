@@ -13,9 +13,9 @@ from draftsmith.models.files.fingerprint import tokenizer_fingerprint
 from draftsmith.models.target.prompt_template import (
     NO_OPTIONS,
     NO_TEMPLATE,
-    rendered_digest,
     rendering_fingerprint,
     template_digest,
+    template_in_use,
 )
 
 _LAYERS = (
@@ -107,7 +107,7 @@ def _template_of_text(case: Case, template: str) -> str:
     """
     identity = case.open_cache.manifest.identity
     rendered = case.replies.get("template") if identity.mask == IDS_AS_GENERATED else None
-    if rendered is not None and rendered == rendered_digest(case.tokenizer, case.template, case.rendering):
+    if rendered is not None and rendered == template_in_use(case.tokenizer, case.template, case.rendering).digest:
         return template
     if case.template is not None or case.rendering != NO_OPTIONS:
         return str(rendered or identity.template_fingerprint)

@@ -122,7 +122,7 @@ class PromptTemplate:
         self._args = dict(options.template_args or {})
         if self._args.get("tools"):
             self._args["tools"] = [_as_tool(tool) for tool in self._args["tools"]]
-        self.fields = TemplateFields(self.text, self._rendered)
+        self.fields = TemplateFields(self.text, self._fill)
         self._check_args()
 
     @property
@@ -157,7 +157,7 @@ class PromptTemplate:
         if self.text is None:
             texts = [(m["role"], str(m["content"])) for m in self.fields.shown(messages)]
             return self.plain_ids("\n".join(text for role, text in texts if role != "system" or text.strip()))
-        return self._encode(self._render(messages, add_generation_prompt=True))
+        return self.rendered_ids(self.render(messages, add_generation_prompt=True))
 
     def plain_ids(self, text: str) -> list[int]:
         """Encode a plain text with the tokenizer's own first token, if any, and no end token.
@@ -232,17 +232,24 @@ class PromptTemplate:
     def _hides(self, messages: Sequence[Mapping[str, Any]], numbers: Collection[int]) -> bool:
         """Whether the template writes the same with other words in some turns."""
         others = [_with_probe(message) if number in numbers else message for number, message in enumerate(messages)]
-        return self._render(messages, False) == self._render(others, False)
+        return self.render(messages, False) == self.render(others, False)
 
-    def _render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
-        """Render messages as text.
+    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+        """Render messages as text, special tokens included.
+
+        Args:
+            messages: with ``role`` and ``content`` each.
+            add_generation_prompt: whether what the template writes before a reply ends the text.
+
+        Returns:
+            The text.
 
         Raises:
             TemplateRefusal: the template fails, or does not show what a message holds.
         """
-        return self._rendered(self.fields.shown(messages), add_generation_prompt)
+        return self._fill(self.fields.shown(messages), add_generation_prompt)
 
-    def _rendered(self, shown: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
+    def _fill(self, shown: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
         try:
             rendered = self.tokenizer.apply_chat_template(
                 shown,
@@ -255,8 +262,15 @@ class PromptTemplate:
             raise refusal(shown, error) from error
         return str(rendered)
 
-    def _encode(self, rendered: str) -> list[int]:
-        """Special tokens are in the rendered text already."""
+    def rendered_ids(self, rendered: str) -> list[int]:
+        """Encode a rendered text.
+
+        Args:
+            rendered: with its special tokens in it.
+
+        Returns:
+            Token ids; the tokenizer adds none of its own.
+        """
         return encoded(self.tokenizer, rendered, special=False)
 
     def ids_and_offsets(self, rendered: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -286,7 +300,7 @@ class PromptTemplate:
             (number for number, (start, stop) in enumerate(offsets) if max(start, stop - 1) >= place), len(ids)
         )
         whole = first == len(ids) or offsets[first][0] >= place
-        return ids[first:] if whole else self._encode(rendered[place:])
+        return ids[first:] if whole else self.rendered_ids(rendered[place:])
 
 
 def _check_tools(tools: Any) -> None:
@@ -375,10 +389,10 @@ def rendering_fingerprint(
     return hashlib.sha256(json.dumps([own, options.template_name, options.as_text]).encode()).hexdigest()
 
 
-def rendered_digest(
+def template_in_use(
     tokenizer: PreTrainedTokenizerBase, template: str | None, options: TemplateOptions = NO_OPTIONS
-) -> str:
-    """`PromptTemplate.digest`, as replies record it; that of plain text where neither the tokenizer nor `template` has a template.
+) -> PromptTemplate:
+    """Make the template that messages are rendered with: plain text where neither the tokenizer nor `template` has one.
 
     Args:
         tokenizer: the target's.
@@ -386,13 +400,13 @@ def rendered_digest(
         options: the template's name and its variables.
 
     Returns:
-        sha256 (hex).
+        The template; its end tokens are the tokenizer's own.
 
     Raises:
         ValueError: as :class:`PromptTemplate`.
     """
     chosen = NO_TEMPLATE if template is None and not tokenizer.chat_template else template
-    return PromptTemplate(tokenizer, chosen, options=options).digest
+    return PromptTemplate(tokenizer, chosen, options=options)
 
 
 def encoded(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:

@@ -30,12 +30,12 @@ def test_one_end_mark_whichever_token_ended_the_reply(name: str, kind: str) -> N
     tokenizer, ends = styled_tokenizer(name, kind)
     chat = ChatTemplate(tokenizer, None, ends)
     asked = conversation(1)
-    whole = chat._encode(chat._render([*asked, *NEXT], add_generation_prompt=True))
+    whole = chat.rendered_ids(chat.render([*asked, *NEXT], add_generation_prompt=True))
     marks = [place for place, token in enumerate(whole) if token in ends]
     prompt = chat.first_prompt_ids(asked[:1])
     behind = whole[next(place for place in marks if place > len(prompt)) + 1 :]
     for end in ends:
-        reply = [*chat._encode(" Nine pears are left."), end]
+        reply = [*chat.rendered_ids(" Nine pears are left."), end]
         assert next_turn_ids(chat, NEXT, reply) == behind
     unfinished = next_turn_ids(chat, NEXT, reply[:-1])
     assert unfinished[-len(behind) :] == behind
@@ -90,13 +90,13 @@ def test_a_conversation_begins_anew_where_the_template_rewrites_it(name: str, re
     chat = ChatTemplate(tokenizer, None, ends)
     asked = conversation(1)[:1]
     prompt = chat.first_prompt_ids(asked)
-    ids = [*chat._encode(reply), ends[0]]
+    ids = [*chat.rendered_ids(reply), ends[0]]
     found = History(chat, asked).next_prompt_ids(prompt, ids, NEXT)
     assert (found[: len(prompt) + len(ids)] != [*prompt, *ids]) == begins_anew
     if begins_anew:
         content = reply.split("</think>")[-1]
         told = [*asked, Message(role="assistant", content=content), *NEXT]
-        assert found == chat._encode(chat._render(told, add_generation_prompt=True))
+        assert found == chat.rendered_ids(chat.render(told, add_generation_prompt=True))
 
 
 def test_system_text_that_moves_to_the_last_question_begins_the_conversation_anew() -> None:
@@ -104,7 +104,7 @@ def test_system_text_that_moves_to_the_last_question_begins_the_conversation_ane
     chat = ChatTemplate(tokenizer, None, ends)
     asked = conversation(1, system=True)[:2]
     prompt = chat.first_prompt_ids(asked)
-    found = History(chat, asked).next_prompt_ids(prompt, [*chat._encode(" Nine."), *ends], NEXT)
+    found = History(chat, asked).next_prompt_ids(prompt, [*chat.rendered_ids(" Nine."), *ends], NEXT)
     assert found[: len(prompt)] != prompt
     assert "[Q] Be kind.\n\nSure?[/Q]" in tokenizer.decode(found)
 
@@ -117,7 +117,7 @@ def test_white_space_that_the_tokenizer_drops_is_no_rewriting(name: str) -> None
     asked = conversation(1)[:1]
     history, prompt = History(chat, asked), chat.first_prompt_ids(asked)
     for end in ends:  # the second reply follows a first one with another end token
-        read = [*prompt, *chat._encode("Nine pears."), end]
+        read = [*prompt, *chat.rendered_ids("Nine pears."), end]
         prompt = history.next_prompt_ids(prompt, read[len(prompt) :], NEXT)
         assert prompt[: len(read)] == read
 
@@ -152,7 +152,7 @@ def test_a_conversation_with_a_reply_that_the_template_refuses_continues_behind_
     asked = [Message(role="user", content="How many?")]
     history, prompt = History(chat, asked), chat.first_prompt_ids(asked)
     for reply in replies:
-        read = [*prompt, *chat._encode(reply), EOS]
+        read = [*prompt, *chat.rendered_ids(reply), EOS]
         prompt = history.next_prompt_ids(prompt, read[len(prompt) :], NEXT)
         assert prompt[: len(read)] == read
         assert tokenizer.decode(prompt[len(read) :]) == "<|user|>Sure?<|assistant|>"

@@ -9,8 +9,8 @@ from draftsmith.models.target.prompt_template import (
     TemplateOptions,
     TemplateRefusal,
     first_words,
-    rendered_digest,
     rendering_fingerprint,
+    template_in_use,
 )
 
 ASKED = [{"role": "user", "content": "How many?"}]
@@ -52,7 +52,7 @@ def test_variables_change_the_prompt_and_every_fingerprint() -> None:
     read = [tokenizer.decode(PromptTemplate(tokenizer, options=one).first_prompt_ids(ASKED)) for one in kinds]
     assert read == ["How many?", "How many? shortly", "How many? shortly2"]
     assert len({rendering_fingerprint(tokenizer, None, one) for one in kinds}) == 3
-    assert len({rendered_digest(tokenizer, None, one) for one in kinds}) == 3
+    assert len({template_in_use(tokenizer, None, one).digest for one in kinds}) == 3
     assert kinds[2].as_text == '{"brief": true, "depth": 2}'
     assert kinds[0].as_text is None
 
