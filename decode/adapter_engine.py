@@ -250,7 +250,7 @@ class AdapterSwitch(Drafter):
         """
         if name is not None and name not in self._bonds:
             raise ValueError(f"adapter {name!r} is unknown; there are {', '.join(sorted(self._bonds)) or 'none'}")
-        if name is None and self._borrowed and self._targets - {self.ends.fingerprint}:
+        if name is None and self.is_attached and self._targets - {self.ends.fingerprint}:
             raise ValueError(
                 f"a request without an adapter needs a drafter of {self.ends.name!r}, this one is of another target; name an adapter"
             )
@@ -437,7 +437,7 @@ def _sharing_weights(drafter: Drafter) -> Drafter:
     """A copy with modules and config of its own whose weights lie in the same memory, frozen."""
     memo: dict[int, object] = {id(weight): nn.Parameter(weight.detach(), False) for weight in drafter.parameters()}
     drafters = [module for module in drafter.modules() if isinstance(module, Drafter)]
-    borrowed = [ends for each in drafters for ends in each._borrowed]
+    borrowed = [each.ends for each in drafters if each.is_attached]
     models = [
         module for module in drafter.modules() if isinstance(module, Target)
     ]  # of draft LMs, which take no adapters

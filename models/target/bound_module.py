@@ -31,13 +31,18 @@ class BoundModule(PreTrainedModel):
         self._any_target = False
 
     @property
+    def is_attached(self) -> bool:
+        """Whether a target's ends are borrowed."""
+        return bool(self._borrowed)
+
+    @property
     def ends(self) -> TargetEnds:
         """The target's frozen ends.
 
         Raises:
             ValueError: it is attached to no target.
         """
-        if not self._borrowed:
+        if not self.is_attached:
             raise ValueError(
                 f"this {self.called} is attached to no target; call {self.called}.attach(target.ends) first"
             )
