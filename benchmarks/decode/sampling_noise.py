@@ -20,8 +20,9 @@ import math
 import os
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -31,10 +32,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.machine import machine_line
 from draftsmith.decode import Engine, GenerationSettings
 from draftsmith.decode.batch import Batch
+from draftsmith.decode.cycle import CycleReport, DecodeCycle
 from draftsmith.decode.decode_command import prompt_ids
+from draftsmith.decode.ledger import Ledger
+from draftsmith.decode.verify.lossless import LosslessVerifier
 from draftsmith.decode.verify.verifier import Reading, Walk
 from draftsmith.embedded.problems import distinct_problems
-from draftsmith.models import LMDrafter, Target, load_tokenizer
+from draftsmith.models import Drafter, DraftLimits, LMDrafter, Target, load_tokenizer
 from draftsmith.models.tree.noise import draw_at, keys_at, uniforms
 from draftsmith.models.tree.shapes import parse_shape
 
@@ -85,19 +89,49 @@ def changed_by_sums(first_V: Tensor, second_V: Tensor) -> float:
     return float(1.0 - (torch.minimum(p_ends_V, q_ends_V) - starts_V).clamp(min=0.0).sum())
 
 
-class Recording(Engine):
-    """An engine that keeps the target's processed logits of every emitted token but the first, by request."""
+class Recording:
+    """Decodes, and keeps the target's processed logits of every emitted token but the first."""
+
+    def __init__(self, target: Target, drafter: Drafter | None = None, limits: DraftLimits | None = None) -> None:
+        self._kept: defaultdict[int, list[Tensor]] = defaultdict(list)
+        self._engine = Engine(target, drafter, limits, runner=lambda cycle: RecordedCycle(cycle, self._kept))
 
     def kept_logits(self, prompts: list[list[int]], settings: GenerationSettings, first: int = 0) -> list[Kept]:
         """The replies, with the logits of their tokens."""
-        self._kept: dict[int, list[Tensor]] = {number: [] for number in range(len(prompts))}
-        replies = self.generate(prompts, settings, request_ids=list(range(first, first + len(prompts))))
+        self._kept.clear()
+        replies = self._engine.generate(prompts, settings, request_ids=list(range(first, first + len(prompts))))
         return [Kept(reply.token_ids, self._kept[number]) for number, reply in enumerate(replies)]
 
-    def _walk(self, batch: Batch, reading: Reading) -> Walk:
-        steps = super()._walk(batch, reading)
-        for row, (path, count) in enumerate(zip(steps.path_BE.tolist(), steps.counts_B.tolist(), strict=True)):
-            self._kept[batch.requests[row]] += [reading.logits_BNV[row, node].clone() for node in path[:count]]
+
+class RecordedCycle:
+    """Runs cycles op by op, and adds the logits at the nodes of each walk to those of its row's request."""
+
+    runs_ahead = False
+
+    def __init__(self, cycle: DecodeCycle, kept: defaultdict[int, list[Tensor]]) -> None:
+        self._verifier, self._kept = KeptWalk(), kept
+        self._cycle = replace(cycle, verifier=self._verifier)
+
+    def __call__(self, batch: Batch, settings: GenerationSettings, ledger: Ledger | None = None) -> CycleReport:
+        """One cycle."""
+        report = self._cycle(batch, settings, ledger)
+        logits_BNV, steps = self._verifier.last
+        walks = zip(batch.requests, steps.path_BE.tolist(), steps.counts_B.tolist(), strict=True)
+        for row, (request, path, count) in enumerate(walks):
+            if request is not None:
+                self._kept[request.index] += [logits_BNV[row, node].clone() for node in path[:count]]
+        return report
+
+
+class KeptWalk(LosslessVerifier):
+    """The engine's own walk, which keeps what it judged last."""
+
+    last: tuple[Tensor, Walk]
+
+    def walk(self, reading: Reading, keys_BU: Tensor | None) -> Walk:
+        """One walk."""
+        steps = super().walk(reading, keys_BU)
+        self.last = reading.logits_BNV, steps
         return steps
 
 
