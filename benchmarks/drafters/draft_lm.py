@@ -25,6 +25,7 @@ import pytorch_lightning as pl
 import torch
 
 from benchmarks.drafters.recipes import QUIET
+from benchmarks.machine import machine_line
 from draftsmith import provenance
 from draftsmith.data.replies.reply_plan import BatchOptions
 from draftsmith.data.replies.respond import respond
@@ -241,11 +242,10 @@ def main() -> int:
         assert isinstance(drafter, LMDrafter)
         rows.append({"name": name, "seconds": seconds, "found": examination.measure(drafter)})
         print("\n".join(table(rows)[-1:]), flush=True)
-    machine = provenance.machine()
     seconds_all = time.perf_counter() - begun
     page = [
         f"# A draft LM distilled towards its target, {date.today().isoformat()}",
-        f"`{provenance.command_line()}`, {seconds_all:.0f} s on {machine['cores']} cores of {machine['cpu']}; load average at the start "
+        f"`{provenance.command_line()}`, {seconds_all:.0f} s. {machine_line()}; load average at the start "
         f"{load:.1f}. Embedded pair, float32; {scale.steps} steps of {scale.rows} rows each, lr {options.lr:g} ({options.lora_lr:g} with "
         f"LoRA of rank 8), {scale.prompts} training prompts, {scale.problems} unseen problems; 95 % intervals over these.",
         "\n".join(table(rows)),
@@ -257,7 +257,8 @@ def main() -> int:
     atomic_write(
         out / f"{stem}.json",
         json.dumps(
-            {"scale": asdict(scale), "machine": machine, "versions": provenance.versions(), "rows": kept}, indent=2
+            {"scale": asdict(scale), "machine": provenance.machine(), "versions": provenance.versions(), "rows": kept},
+            indent=2,
         )
         + "\n",
     )

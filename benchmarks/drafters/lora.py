@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.drafters.recipes import RECIPES, Recipe, Trained, train
+from benchmarks.machine import machine_line
 from draftsmith import provenance
 from draftsmith.data.cache.extract import extract
 from draftsmith.decode import Engine, GenerationSettings
@@ -178,11 +179,11 @@ def main() -> int:
     runs["lora"] = fit(options, "lora", "sums", scale.adapt_steps, lr=options.lora_lr, lora=lora, **begun)
     runs["full"] = fit(options, "full", "sums", scale.adapt_steps, lr=options.full_lr, **begun)
     lines = table(options, target, test, runs)
-    machine, layers = provenance.machine(), ", ".join(lora.target_modules or ["every linear layer"])
+    layers = ", ".join(lora.target_modules or ["every linear layer"])
     page = [
         f"# LoRA on a drafter, {date.today().isoformat()}",
         f"`{provenance.command_line()}`",
-        f"{machine['cpu']}, {machine['cores']} cores; load average at the start {load:.1f}; {time.perf_counter() - started:.0f} s in all.",
+        f"{machine_line()}; load average at the start {load:.1f}; {time.perf_counter() - started:.0f} s in all.",
         f"Target `chat-6m`; ReDrafter, trained {scale.base_steps} steps on {scale.train_prompts} of the target's own stories, then adapted "
         f"for {scale.adapt_steps} steps on {scale.train_prompts} of its replies to sums, with LoRA of rank {options.rank} (alpha "
         f"{options.alpha:g}, learning rate {options.lora_lr:g}) on {layers}, or with all weights (learning rate {options.full_lr:g}). "

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import transformers
 
+from benchmarks.machine import machine_line
 from draftsmith import embedded, provenance
 from draftsmith.data.chat_template import ChatTemplate
 from draftsmith.label.mine.answers import answer_parser
@@ -111,10 +112,9 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=8)
     parser.add_argument("--max-new-tokens", type=int, default=160)
     options = parser.parse_args()
-    machine = provenance.machine()
     print(
-        f"`{provenance.command_line()}`: {machine['cpu']}, {torch.get_num_threads()} thread, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, Python {platform.python_version()}, float32\n"
+        f"`{provenance.command_line()}`: {machine_line()}, transformers {transformers.__version__}, "
+        f"Python {platform.python_version()}, float32\n"
     )
     bench = prepare(options.target, options.draft, options.problems, options.max_new_tokens)
     print(

@@ -15,6 +15,7 @@ from benchmarks.judge.ablations import REPORT, compared, tuned_folder
 from benchmarks.judge.lanes import Stages
 from benchmarks.judge.stages import DRAFT, TARGET, Judged, judged
 from benchmarks.judge.tuned import HEAD_SHAPES, SHAPE
+from benchmarks.machine import machine_section
 from draftsmith import provenance
 from draftsmith.files import atomic_write
 
@@ -79,8 +80,7 @@ def publish(stages: Stages, judges: dict[str, Judged], options: argparse.Namespa
         "Stages ran side by side, each on one thread, as many at once as there are cores. So their seconds add up to more than the "
         "clock's. Races ran last, one at a time, on all cores.",
         time_table(stages),
-        "## The machine",
-        machine(record),
+        machine_section(),
     ]
     _write(options.out / f"{name}.md", page)
 
@@ -104,8 +104,7 @@ def publish_ablations(stages: Stages, people: Judged | None, options: argparse.N
         mining(work),
         "## Time",
         time_table(stages),
-        "## The machine",
-        machine(record),
+        machine_section(),
     ]
     _write(options.out / f"{name}.md", page)
 
@@ -113,13 +112,6 @@ def publish_ablations(stages: Stages, people: Judged | None, options: argparse.N
 def _write(page: Path, parts: list[str]) -> None:
     atomic_write(page, "\n\n".join(parts) + "\n")
     print(page)
-
-
-def machine(record: dict[str, Any]) -> str:
-    """The machine and the versions of a record of provenance."""
-    return "\n".join(
-        f"- {key}: {value}" for part in (record["machine"], record["versions"]) for key, value in part.items()
-    )
 
 
 def ablation_sections(work: Path) -> list[str]:
