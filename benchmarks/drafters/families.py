@@ -7,9 +7,8 @@
 
 For each target: cache the target's states over its own replies, train one drafter or two of each kind, decode held-out prompts with all of
 them (and, where one shares the tokenizer, a draft LM) at T = 0 and T = 1. `families_plan.py` has the lists and the seconds.
-Writes `<date>-families.md`, `.json` and one chart a target into benchmarks/results/families/, all rows into report.json there, and the
-summary between the marks of docs/results.md. Targets other than the embedded one need `--data`; without it the page says that they
-are missing.
+Writes `<date>-families.md`, `.json` and one chart a target into benchmarks/results/families/, and the summary between the
+marks of docs/results.md. Targets other than the embedded one need `--data`; without it the page says that they are missing.
 The same command resumes a run that was stopped; `rm -r runs/families` starts again.
 """
 
@@ -397,8 +396,7 @@ def publish(page: list[str], by_target: dict[str, Tables], options: argparse.Nam
     atomic_write(options.out / f"{options.name}.md", "\n\n".join([*page, machine_section()]) + "\n")
     report = {key: record[key] for key in ("command", "machine", "versions")}
     report["rows"] = [row for tables in by_target.values() for rows in tables.values() for row in rows]
-    for path in (options.out / f"{options.name}.json", options.out / "report.json"):
-        atomic_write(path, json.dumps(report, indent=1) + "\n")
+    atomic_write(options.out / f"{options.name}.json", json.dumps(report, indent=1) + "\n")
     update_results(options.results, summary(by_target))
 
 

@@ -1,7 +1,9 @@
-"""What `make bench` would do: every family within the hour, in shapes that it can draft. Nothing is trained."""
+"""What `make bench` would do and write: every family within the hour, in shapes that it can draft. Nothing is trained."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -104,3 +106,16 @@ def test_minutes_beside_a_scale_or_all_recipes_are_an_error(
     with pytest.raises(SystemExit):
         families._options(["--minutes", "5", *words])
     assert "--minutes plans a run of the usual size" in capsys.readouterr().err
+
+
+def test_a_run_writes_one_page_one_file_of_rows_and_the_table(tmp_path: Path) -> None:
+    results, out = tmp_path / "results.md", tmp_path / "out"
+    results.write_text(f"before\n{families.MARKS[0]}\nold\n{families.MARKS[1]}\nbehind\n")
+    out.mkdir()
+    row = {"drafter": "eagle", "shape": "1x4", "tokens_per_step": 2.5, "speedup": 1.5, "exact_share": 1.0}
+    options = argparse.Namespace(out=out, name="today-families", results=results)
+    families.publish(["# Every family"], {"embedded": {"seconds": [row]}}, options)
+    assert sorted(path.name for path in out.iterdir()) == ["today-families.json", "today-families.md"]
+    assert json.loads((out / "today-families.json").read_text())["rows"] == [row]
+    assert "| embedded | eagle | 1x4 | 2.50 | 1.50 | all |" in results.read_text()
+    assert "old" not in results.read_text()
