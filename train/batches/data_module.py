@@ -28,6 +28,7 @@ from draftsmith.train.batches.epoch_order import Buckets, Windows
 from draftsmith.train.batches.epoch_sampler import EpochSampler
 from draftsmith.train.batches.held_out import num_held_out, split_order
 from draftsmith.train.batches.look_ahead import LookAheadLoader, placed
+from draftsmith.train.batches.resumed import check_same, saved_place
 
 Shuffle = Literal["full", "windowed"]
 Batching = Literal["packed", "bucketed"]
@@ -284,11 +285,7 @@ class CacheDataModule(pl.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Where in the data the run is; saved in every checkpoint."""
         assert self.trainer is not None
-        return {
-            "batches_done": self.trainer.fit_loop.epoch_loop.batch_progress.total.processed,  # type: ignore[attr-defined]
-            "batches_per_epoch": self.trainer.num_training_batches,
-            "layout": self._layout(),
-        }
+        return saved_place(self.trainer, self._layout())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Called on resume. With another number of processes, the tokens of a step stay what they were.
@@ -305,14 +302,9 @@ class CacheDataModule(pl.LightningDataModule):
         joint = state_dict["layout"]["tokens_per_batch"] * state_dict["layout"]["world_size"]
         before = {"windows": None, "buckets": None, "joint_tokens": joint, **state_dict["layout"]}
         same = own["joint_tokens"] == before["joint_tokens"]
-        for name, value in own.items():
-            if name in ("world_size", "joint_tokens") or (name == "tokens_per_batch" and same):
-                continue
-            if before[name] != value:
-                raise ValueError(
-                    f"the checkpoint was made with {name} = {before[name]!r}, this run has {value!r}; "
-                    "resume with the same data, or start a new run without --ckpt_path"
-                )
+        may_differ = {"world_size", "joint_tokens"} | ({"tokens_per_batch"} if same else set())
+        compared = {name: value for name, value in own.items() if name not in may_differ}
+        check_same(compared, before, "resume with the same data")
         self._epoch, self._start = divmod(state_dict["batches_done"], state_dict["batches_per_epoch"])
         self._joint_tokens = before["joint_tokens"]
         if before["world_size"] != own["world_size"]:

@@ -35,6 +35,7 @@ from draftsmith.models.files.fingerprint import tokenizer_fingerprint
 from draftsmith.models.target.prompt_template import TemplateOptions, rendering_fingerprint
 from draftsmith.train.batches.epoch_sampler import EpochSampler
 from draftsmith.train.batches.labelled_text import COUNTED_SAMPLES, LabelledText
+from draftsmith.train.batches.resumed import check_same, saved_place
 from draftsmith.train.draft_lm.texts import DistilText, TextBatch, TextStore
 
 
@@ -302,11 +303,7 @@ class DistilDataModule(pl.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Where in the data the run is; saved in every checkpoint."""
         assert self.trainer is not None
-        return {
-            "batches_done": self.trainer.fit_loop.epoch_loop.batch_progress.total.processed,  # type: ignore[attr-defined]
-            "batches_per_epoch": self.trainer.num_training_batches,
-            "layout": self._layout(),
-        }
+        return saved_place(self.trainer, self._layout())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Called on resume, before the loaders are made.
@@ -319,13 +316,7 @@ class DistilDataModule(pl.LightningDataModule):
         """
         own = self._layout()
         # Checkpoints of earlier versions tell neither split nor template, the number of tokens, nor what is trained on.
-        before = {**own, **state_dict["layout"]}
-        for name, value in own.items():
-            if before[name] != value:
-                raise ValueError(
-                    f"the checkpoint was made with {name} = {before[name]!r}, this run has {value!r}; resume with the same data, or start "
-                    "a new run without --ckpt_path"
-                )
+        check_same(own, {**own, **state_dict["layout"]}, "resume with the same data")
         self._epoch, self._start = divmod(state_dict["batches_done"], state_dict["batches_per_epoch"])
 
     def _layout(self) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from draftsmith.models.files.device_and_dtype import AUTO, resolved_dtype
 from draftsmith.models.files.loading import load_tokenizer
 from draftsmith.models.target.target import Target
 from draftsmith.train.batches.labelled_text import LabelledText
+from draftsmith.train.batches.resumed import check_same
 from draftsmith.train.draft_lm.data import DistilDataModule, check_counts
 from draftsmith.train.draft_lm.held_out_replies import HeldOutReplies
 from draftsmith.train.draft_lm.losses import DivergenceSums
@@ -283,17 +284,13 @@ class DraftLMModule(pl.LightningModule):
                 adapter.
         """
         own = {"draft_lm": self.student.fingerprint, "lora": self.lora is not None}
-        for name, value in own.items():
+        for name in own:
             if name not in checkpoint:
                 raise ValueError(
                     f"the checkpoint does not say its {name}, so no DraftLMModule has written it; give the checkpoint of such a run, or "
                     "start a new run without --ckpt_path"
                 )
-            if checkpoint[name] != value:
-                raise ValueError(
-                    f"the checkpoint was made with {name} = {checkpoint[name]!r}, this run has {value!r}; resume with the draft_lm and "
-                    "lora of that run, or start a new run without --ckpt_path"
-                )
+        check_same(own, checkpoint, "resume with the draft_lm and lora of that run")
         checkpoint["state_dict"].update(self._frozen())
         check_fits(self, checkpoint["state_dict"])
         self.held_out_replies.restore(checkpoint.get("val_replies", {}), self._answering())

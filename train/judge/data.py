@@ -26,6 +26,7 @@ from draftsmith.label.token_labels import IGNORED
 from draftsmith.models.opinion import DIFFERENCE, NUM_NUMBERS, opinion_of_text
 from draftsmith.models.target.target import PRE_NORM, TargetEnds
 from draftsmith.train.batches.labelled_text import LabelledText
+from draftsmith.train.batches.resumed import check_same
 from draftsmith.train.judge.joined_rows import (
     CachedRow,
     check_one_kind,
@@ -321,12 +322,7 @@ class JudgeDataModule(pl.LightningDataModule):
         Raises:
             ValueError: the tokens or their split differ from those of the interrupted run.
         """
-        for name, value in self._layout().items():
-            if state_dict["layout"][name] != value:
-                raise ValueError(
-                    f"the checkpoint was made with {name} = {state_dict['layout'][name]!r}, this run has {value!r}; resume with the same "
-                    "data, or start a new run without --ckpt_path"
-                )
+        check_same(self._layout(), state_dict["layout"], "resume with the same data")
 
     def _layout(self) -> dict[str, Any]:
         record = self.record()

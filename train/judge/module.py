@@ -24,6 +24,7 @@ from draftsmith.models.files.loading import load_tokenizer
 from draftsmith.models.judge import FEATURES, POST_NORM, WITH_OPINION, Judge, JudgeConfig
 from draftsmith.models.target.target import PRE_NORM, TargetEnds
 from draftsmith.train.batches.labelled_text import LabelledText
+from draftsmith.train.batches.resumed import check_same
 from draftsmith.train.judge.data import JudgeDataModule, JudgeTokens
 from draftsmith.train.judge.fit import Scaling, SweepLBFGS, SweepProblem, measure_scaling, project
 from draftsmith.train.judge.held_out import ALL, DIFFERING, HeldOutTokens
@@ -337,14 +338,9 @@ class JudgeModule(pl.LightningModule):
         Raises:
             ValueError: another objective, or another model's weights.
         """
-        own = {**self.settings(), "l2": list(self.l2)}
-        for name in ("feature", "l2", "class_weight"):
-            theirs = checkpoint.get("settings", {}).get(name)
-            if theirs != own[name]:
-                raise ValueError(
-                    f"the checkpoint was made with {name} = {theirs!r}, this run has {own[name]!r}; resume with the "
-                    "same settings, or start a new run without --ckpt_path"
-                )
+        settings = self.settings()
+        own = {"feature": settings["feature"], "l2": list(self.l2), "class_weight": settings["class_weight"]}
+        check_same(own, dict.fromkeys(own) | checkpoint.get("settings", {}), "resume with the same settings")
         check_fits(self, checkpoint["state_dict"])
 
     def data(self) -> JudgeDataModule:
