@@ -33,11 +33,10 @@ def sglang(algorithm: str, target: str) -> str:
         algorithm: what SGLang calls the manner of drafting.
         target: what the engine is to load as its model.
     """
-    return (
-        f"SGLang:\n\n```sh\npython -m sglang.launch_server --model-path {shell_word(target)} \\\n"
-        f"  --speculative-algorithm {algorithm} --speculative-draft-model-path /path/to/this/folder \\\n"
-        f"  --speculative-num-steps {_STEPS} --speculative-eagle-topk {_TOP_K} --speculative-num-draft-tokens {_NODES}\n```"
+    shape = (
+        f"--speculative-num-steps {_STEPS} --speculative-eagle-topk {_TOP_K} --speculative-num-draft-tokens {_NODES}"
     )
+    return _sglang(algorithm, target, f" \\\n  {shape}")
 
 
 def sglang_block(algorithm: str, target: str) -> str:
@@ -47,7 +46,11 @@ def sglang_block(algorithm: str, target: str) -> str:
         algorithm: what SGLang calls the manner of drafting.
         target: what the engine is to load as its model.
     """
+    return _sglang(algorithm, target)
+
+
+def _sglang(algorithm: str, target: str, further: str = "") -> str:
     return (
         f"SGLang:\n\n```sh\npython -m sglang.launch_server --model-path {shell_word(target)} \\\n"
-        f"  --speculative-algorithm {algorithm} --speculative-draft-model-path /path/to/this/folder\n```"
+        f"  --speculative-algorithm {algorithm} --speculative-draft-model-path /path/to/this/folder{further}\n```"
     )

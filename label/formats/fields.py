@@ -122,6 +122,22 @@ def list_of(value: Any, place: str, field: str) -> list[Any]:
     return inside
 
 
+def text_of(value: Any, place: str, field: str) -> str:
+    """A value that has to be text; it may be empty.
+
+    Args:
+        value: of the field.
+        place: of the row, for messages.
+        field: its name.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not isinstance(value, str):
+        raise refusal(place, field, value, "it is text", "correct it")
+    return value
+
+
 def texts_of(value: Any, place: str, field: str) -> list[str]:
     """The texts of steps: a list of texts, or of objects that hold one each.
 

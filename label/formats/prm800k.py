@@ -15,6 +15,7 @@ from draftsmith.label.formats.fields import (
     field_of,
     is_absent,
     list_of,
+    text_of,
     texts_of,
     unpacked,
     value_of,
@@ -55,9 +56,7 @@ def _flat(row: Row, place: str, origin: LabelSource) -> RatedSteps:
     ratings = list_of(value_of(row, "ratings", place), place, "ratings")
     check_one_a_step(ratings, len(steps), "rating", place, "ratings")
     rated = [_rating(rating, place, f"ratings[{index}]") for index, rating in enumerate(ratings)]
-    tail = row.get("tail") or ""
-    if not isinstance(tail, str):
-        raise refusal(place, "tail", tail, "it is text", "correct it")
+    tail = text_of(row.get("tail") or "", place, "tail")
     question = value_of(row, field_of(row, QUESTIONS), place)
     return RatedSteps(question, steps, rated, [tail] if tail else [], origin.labelled_by)
 

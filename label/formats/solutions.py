@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from draftsmith.label.formats import calculations
-from draftsmith.label.formats.fields import Row, licence_of, model_of, unpacked, value_of, whole
+from draftsmith.label.formats.fields import Row, licence_of, model_of, text_of, unpacked, value_of, whole
 from draftsmith.label.schema import Answer, refusal
 from draftsmith.label.store.label_source import LabelSource
 
@@ -33,9 +33,8 @@ def read_solutions(row: Row, place: str, origin: LabelSource) -> Iterator[Answer
         rule = "a row has one object a model, with solution and is_correct"
         raise ValueError(f"{place}: the fields are {sorted(row)}; {rule}; name another --format")
     for model, entry in solutions.items():
-        solution, is_correct = entry.get("solution"), _truth(entry.get("is_correct"))
-        if not isinstance(solution, str):
-            raise refusal(place, f"{model}.solution", solution, "it is text", "correct it")
+        solution = text_of(entry.get("solution"), place, f"{model}.solution")
+        is_correct = _truth(entry.get("is_correct"))
         if is_correct is None:
             raise refusal(place, f"{model}.is_correct", entry.get("is_correct"), "it is true or false", "correct it")
         error = None if is_correct else calculations.first_wrong(solution)

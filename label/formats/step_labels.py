@@ -22,6 +22,7 @@ from draftsmith.label.formats.fields import (
     list_of,
     model_of,
     span_of_step,
+    text_of,
     texts_of,
     unpacked,
     value_of,
@@ -309,10 +310,7 @@ def shepherd_steps(row: Row, place: str, origin: LabelSource) -> RatedSteps:
     Raises:
         ValueError: with place, field, value, rule and remedy.
     """
-    marked, signs = value_of(row, "input", place), value_of(row, "label", place)
-    for field, text in (("input", marked), ("label", signs)):
-        if not isinstance(text, str):
-            raise refusal(place, field, text, "it is text", "correct it")
+    marked, signs = (text_of(value_of(row, field, place), place, field) for field in ("input", "label"))
     parts, at, ratings = marked.split(MARK), 0, list[Rating]()
     for number, part in enumerate(parts[:-1], start=1):
         at += len(part)
