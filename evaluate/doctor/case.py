@@ -154,7 +154,7 @@ class Case:
 
     @property
     def open_cache(self) -> HiddenStateCache:
-        """The cache.
+        """The cache, for checks that cannot do without one.
 
         Raises:
             NotChecked: none is known.

@@ -72,7 +72,7 @@ def annotator_name(fields: Mapping[str, Any]) -> str:
 
 
 def text_field(fields: Mapping[str, Any], field: str, default: str | None = None) -> str:
-    """A text.
+    """A field that has to be text.
 
     Args:
         fields: of the request.

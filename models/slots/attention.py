@@ -31,7 +31,7 @@ def attend(
     mask: Tensor | BlockMask | None,
     scale: float | None = None,
 ) -> Tensor:
-    """Attend.
+    """Compute the attention of new tokens to visible slots.
 
     Args:
         queries_BHND: float; H is a multiple of G.

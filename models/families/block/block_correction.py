@@ -193,7 +193,7 @@ class GruCorrection(Correction):
 def correction_of(
     kind: CorrectionKind, hidden_size: int, vocab_size: int, num_draft_tokens: int, rank: int, state_size: int
 ) -> Correction | LookAround | None:
-    """Make a correction.
+    """Make the module that corrects the logits of a slot by its neighbours.
 
     Args:
         kind: which; ``none`` makes none.
