@@ -23,7 +23,7 @@ from draftsmith.models.composed.shared_pool import SharedPool, load_pool
 from draftsmith.models.composed.suffixes import SuffixRule, continuations
 from draftsmith.models.drafters.draft_records import Cycle, DraftState, Emitted, Opening
 from draftsmith.models.drafters.drafter import Drafter
-from draftsmith.models.files.field_rules import COUNT, POSITIVE, TEXT, Rule, is_number
+from draftsmith.models.files.field_rules import COUNT, COUNT_OR_NULL, POSITIVE, TEXT, Rule, is_number
 from draftsmith.models.slots.constants import counting
 from draftsmith.models.slots.slot_cache import KeptRows
 from draftsmith.models.tree.limits import DraftLimits
@@ -46,6 +46,7 @@ class SuffixConfig(ComposedConfig):
         shared_pool: folder of a pool of earlier replies that every request is drafted from as well, relative to the config's own; empty
             for none, so that requests share nothing.
         head: folder of a drafter whose drafts are joined with these, relative to the config's own; empty for none.
+        head_steps: the head drafts no deeper than this, and the text as deep as the shape; None for as deep as the head can.
     """
 
     model_type = "draftsmith_suffix"
@@ -57,6 +58,7 @@ class SuffixConfig(ComposedConfig):
         "tokens_per_match": POSITIVE,
         "least_probability": _SHARE,
         "shared_pool": TEXT,
+        "head_steps": COUNT_OR_NULL,
     }
 
     def __init__(
@@ -67,6 +69,7 @@ class SuffixConfig(ComposedConfig):
         tokens_per_match: float = 2.0,
         least_probability: float = 0.1,
         shared_pool: str = "",
+        head_steps: int | None = None,
         **kwargs: Any,
     ) -> None:
         self.longest_match = longest_match
@@ -75,6 +78,7 @@ class SuffixConfig(ComposedConfig):
         self.tokens_per_match = tokens_per_match
         self.least_probability = least_probability
         self.shared_pool = shared_pool
+        self.head_steps = head_steps
         super().__init__(**kwargs)
 
     def fault(self) -> str:
@@ -128,7 +132,7 @@ class SuffixDrafter(ComposedDrafter):
         pool: what every request is drafted from beside its own text; None for nothing. A warning says what a pool shows.
 
     Raises:
-        ValueError: a field of the config breaks its rule.
+        ValueError: a field of the config breaks its rule, or it limits a head and there is none.
     """
 
     config: SuffixConfig
@@ -139,6 +143,10 @@ class SuffixDrafter(ComposedDrafter):
 
     def __init__(self, config: SuffixConfig, head: Drafter | None = None, pool: SharedPool | None = None) -> None:
         super().__init__(config, head)
+        if head is None and config.head_steps is not None:
+            raise ValueError(
+                f"head_steps is {config.head_steps}, and there is no head that drafts; name one in head, or leave head_steps out"
+            )
         self.pool = pool
         self.register_buffer("pool_T", None if pool is None else pool.tokens_T, persistent=False)
         if pool is not None:
@@ -194,9 +202,9 @@ class SuffixDrafter(ComposedDrafter):
             self.head.check_depth(self.limits_of_parts(limits))
 
     def limits_of_parts(self, limits: DraftLimits) -> DraftLimits:
-        """See :meth:`Drafter.limits_of_parts`: the head drafts no deeper than it can. Continuations of the text may be deeper."""
-        most = None if self.head is None else self.head.max_draft_steps
-        return limits if most is None else limits.no_deeper_than(most)
+        """See :meth:`Drafter.limits_of_parts`: the head is no deeper than it can and should be, the text may be deeper."""
+        most = [self.config.head_steps, None if self.head is None else self.head.max_draft_steps]
+        return limits.no_deeper_than(min([limits.draft_length, *(steps for steps in most if steps is not None)]))
 
     def _check_manner(self, limits: DraftLimits) -> None:
         if limits.paths is not None or limits.sampled is not None or limits.early_stop is not None:

@@ -71,6 +71,26 @@ def test_text_may_lead_deeper_than_the_head_can_draft(lm: Target) -> None:
     assert [each.token_ids for each in results] == [greedy_by_hand(lm, prompt, 40) for prompt in PROMPTS]
 
 
+def test_a_head_can_be_kept_shallower_than_the_text(lm: Target) -> None:
+    head, prompt, shape = with_head(lm).head, [BOS, 5, 6, 7, 8, 9, 10, 11, 5, 6, 7, 8], DraftLimits(2, 6, 40)
+    both = SuffixDrafter(SuffixConfig(head_steps=2), head).eval()
+    assert both.limits_of_parts(shape) == DraftLimits(2, 2, 40)
+    paths = paths_of(draft(lm, both, [prompt], shape))
+    assert [9, 10, 11, 5, 6, 7] in paths
+    of_text = paths_of(draft(lm, alone(), [prompt], shape))
+    assert max(len(path) for path in paths if path not in of_text) == 2
+    assert max(map(len, paths_of(draft(lm, head, [prompt], shape)))) > 2
+    results = Engine(lm, both, shape).generate(PROMPTS, LONG)
+    assert [each.token_ids for each in results] == [greedy_by_hand(lm, each, 40) for each in PROMPTS]
+
+
+def test_steps_of_a_head_that_is_not_there_are_an_error() -> None:
+    with pytest.raises(ValueError, match="head_steps is 2, and there is no head"):
+        SuffixDrafter(SuffixConfig(head_steps=2))
+    with pytest.raises(ValueError, match="head_steps"):
+        SuffixDrafter(SuffixConfig(head_steps=0))
+
+
 def paths_of(tree: DraftTree) -> list[list[int]]:
     """The tokens below the root that lead to each node of the first row."""
     paths = []
