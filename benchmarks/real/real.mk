@@ -73,7 +73,7 @@ $(REAL_DONE)/export: $(REAL_DONE)/train-eagle $(REAL_DONE)/train-redrafter
 	@$(DRAFTSMITH) export --drafter $(REAL)/eagle/drafter --target $(MODEL) --out $(REAL)/heads/eagle
 	@$(DRAFTSMITH) export --drafter $(REAL)/redrafter/drafter --target $(MODEL) --out $(REAL)/heads/redrafter
 	@mkdir -p $(REAL)/heads/union
-	@printf '{"model_type": "draftsmith_suffix", "head": "../eagle"}\n' > $(REAL)/heads/union/config.json
+	@printf '{"model_type": "draftsmith_suffix", "head": "../eagle", "head_steps": 5}\n' > $(REAL)/heads/union/config.json
 	@touch $@
 
 $(REAL_DONE)/evaluate: $(REAL_DONE)/export $(REAL_DONE)/train-draft_lm
