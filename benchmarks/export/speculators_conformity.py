@@ -48,6 +48,13 @@ LAYERS = ["layer.1.output", "layer.3.output", "layer.5.output"]
 BLOCKS: dict[str, dict[str, Any]] = {
     "dflash": {},
     "dflash, 12 tokens": {"draft_token_ids": torch.arange(3, 63, 5)},
+    "dflash, windows of 6": {"sliding_window": 6, "sliding_layers": [0, 1], "window_from_root": True},
+    "dflash, causal windows of 6": {
+        "sliding_window": 6,
+        "sliding_layers": [0, 1],
+        "sliding_causal": True,
+        "window_from_root": True,
+    },
     "dflash2": {"convolution": True, "correction": "selector", "correction_rank": 5, "candidates": 6},
     "dspark, vanilla": {"correction": "vanilla", "correction_rank": 5, "sample_from_anchor": True},
     "dspark, gated": {"correction": "gated", "correction_rank": 5, "sample_from_anchor": True},

@@ -122,13 +122,14 @@ class DraftSlots:
             return None
         return seen_text(self.cache.window, positions_BE, self._sliding_window)
 
-    def block_mask(self, block_BS: Tensor, window: int | None, causal: bool) -> Tensor | None:
+    def block_mask(self, block_BS: Tensor, window: int | None, causal: bool, from_root: bool = False) -> Tensor | None:
         """Let the slots of a block see the text and their block.
 
         Args:
             block_BS: int64, their positions.
             window: a slot sees only so many of the last positions, its own among them; None for all. No block is longer.
             causal: a slot sees no later slot of its block.
+            from_root: the window is that many tokens before the root instead, and the block.
 
         Returns:
             bool [B, 1, num_slots, S], or None where a slot sees all.
@@ -136,7 +137,8 @@ class DraftSlots:
         mask = self.text_mask(block_BS if causal else block_BS[:, -1:])
         if window is not None and self.cache.window > window:
             slot_S = counting(self.cache.window, block_BS.device)
-            near_B1NS = (slot_S > block_BS[..., None] - window)[:, None]
+            last_BN = block_BS[:, :1] - 1 if from_root else block_BS
+            near_B1NS = (slot_S > last_BN[..., None] - window)[:, None]
             mask = near_B1NS if mask is None else mask & near_B1NS
         return None if mask is None else mask.expand(-1, -1, block_BS.shape[1], -1)
 

@@ -96,6 +96,12 @@ def _write(layout: str, drafter: BlockDrafter, folder: Path, ends: TargetEnds | 
         raise ValueError(
             f"this drafter has the correction {config.correction!r}, which --layout {layout} does not hold; use --layout {kind}"
         )
+    if config.window_from_root:
+        other = "" if kind == DOMINO else "export it with --layout speculators, or "
+        raise ValueError(
+            f"this drafter's window counts from the root (window_from_root true), and engines count a window from each slot; {other}train "
+            "it with window_from_root false"
+        )
     tensors = public_tensors(drafter, ends, with_membership=False)
     notes = [*add_embedding(tensors, ends, drafter.dtype), *last_block_note(config), *engine_notes(config)]
     write_files(folder, as_text(_fields(drafter, kind, ends)), tensors)

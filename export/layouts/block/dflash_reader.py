@@ -86,7 +86,13 @@ _FIXED: dict[str, Any] = {
 _WINDOWS = ("layer_types", "max_window_layers", "sliding_window", "use_sliding_window")  # engines read them at the top
 
 
-def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetEnds | None, where: str) -> BlockDrafter:
+def read(
+    fields: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    ends: TargetEnds | None,
+    where: str,
+    window_from_root: bool = False,
+) -> BlockDrafter:
     """A drafter from this layout; it knows no target yet beyond its sizes and layers.
 
     Args:
@@ -94,6 +100,7 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
         tensors: of the checkpoint.
         ends: the target's; without them, copies of the target's tensors are not looked at.
         where: for messages.
+        window_from_root: a sliding window counts from the root in this layout, not from each slot.
 
     Raises:
         ValueError: a field is missing or breaks its rule, two fields contradict each other, the layers compute what ours do not, or the
@@ -113,6 +120,7 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
         block_size=_required(flat, "block_size", where),
         mask_token_id=_required(flat, "mask_token_id", where),
         **_causality(flat, settings, where),
+        window_from_root=window_from_root and "sliding_layers" in settings,
         draft_vocab_size=None if size == fields.get("vocab_size") else size,
     )
     config.num_draft_steps = config.block_size - config.first_slot

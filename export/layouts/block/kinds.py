@@ -94,10 +94,15 @@ def engine_notes(config: BlockConfig) -> list[str]:
         elif config.causal or config.sliding_causal:
             seen = "Its mask is causal, too. No engine was tried with that."
         else:
-            seen = "vLLM 0.32 drafted nearly the same."
+            seen = "No engine was tried with that." if config.window_from_root else "vLLM 0.32 has the same window."
+        place = (
+            "All slots see so many tokens before the root, as in the speculators package. vLLM's source counts from each slot, and never "
+            "shows slot k, with k from 0, the first k + 1 of them."
+            if config.window_from_root
+            else "It is counted from each slot."
+        )
         notes.append(
-            f"Its layers {config.sliding_layers} have a sliding window of {config.sliding_window}. {seen} "
-            "In the speculators package the window of all slots begins so many tokens before the root."
+            f"Its layers {config.sliding_layers} have a sliding window of {config.sliding_window}. {place} {seen}"
         )
     return notes
 

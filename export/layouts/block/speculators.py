@@ -3,8 +3,8 @@
 Owns the package's config. The layers are in a config of their own, the target is named, and layers are counted from 1. Layers with full
 attention see the whole block there; those with a sliding window do so where ``sliding_window_non_causal`` is true. vLLM makes all layers
 causal where that is false, so it is written as true unless every layer slides and is causal. Other causal drafters have no place in this
-layout. The package takes embedding and head from the target, but for the head's rows of a draft vocabulary. Knows nothing of cards and
-commands.
+layout. A window is so many tokens before the root for all slots, and the block. The package takes embedding and head from the target, but
+for the head's rows of a draft vocabulary. Knows nothing of cards and commands.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def write(drafter: BlockDrafter, folder: Path, ends: TargetEnds | None) -> tuple
 
     Raises:
         ValueError: no target is at hand, or a drafter that the package or the engines behind it would compute in another way: it is causal
-            and has a layer with full attention, has Domino's correction or a learned mask, or its target computes more than a look-up for
-            its embedding.
+            and has a layer with full attention, has a window that counts from each slot, has Domino's correction or a learned mask, or its
+            target computes more than a look-up for its embedding.
     """
     if ends is None:
         raise ValueError("the speculators layout names the target and its architecture; add --target")
@@ -64,6 +64,11 @@ def write(drafter: BlockDrafter, folder: Path, ends: TargetEnds | None) -> tuple
     if kind not in _KINDS:
         raise ValueError(
             "this drafter's correction is 'gru', which this layout does not hold; export it with --layout domino"
+        )
+    if config.sliding_layers and not config.window_from_root:
+        raise ValueError(
+            "this drafter's window counts from each slot, and the speculators package counts it from the root; export it with "
+            f"--layout {kind}, or train it with window_from_root true"
         )
     if not is_plain(ends):
         raise ValueError(
@@ -124,7 +129,8 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
     # The package may leave out what equals Qwen3's defaults.
     defaults = {name: getattr(Qwen3Config(), name) for name in SIZES[:2]}
     flat = {**defaults, **layer, **package, **own, "is_causal": False}
-    return dflash_reader.read(flat, speculators.without_verifier(tensors, ends, where), ends, where)
+    kept = speculators.without_verifier(tensors, ends, where)
+    return dflash_reader.read(flat, kept, ends, where, window_from_root=True)
 
 
 def _named(fields: Mapping[str, Any]) -> dict[str, Any]:

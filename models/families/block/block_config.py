@@ -40,6 +40,7 @@ class BlockConfig(LayerConfig):
         sliding_window: in the layers of ``sliding_layers``, a slot sees only so many of the last positions, its own among them.
         sliding_layers: these draft layers, by number from 0.
         sliding_causal: in these layers, a slot sees no later slot of its block.
+        window_from_root: in these layers, all slots of a block see so many tokens before the root, as the speculators package trains them.
         attention_bias: the four projections of attention have biases, as some public drafters do.
     """
 
@@ -68,6 +69,7 @@ class BlockConfig(LayerConfig):
             "a list of whole numbers",
         ),
         "sliding_causal": FLAG,
+        "window_from_root": FLAG,
         "attention_bias": FLAG,
     }
 
@@ -89,6 +91,7 @@ class BlockConfig(LayerConfig):
         sliding_window: int | None = None,
         sliding_layers: Sequence[int] = (),
         sliding_causal: bool = False,
+        window_from_root: bool = False,
         attention_bias: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -101,7 +104,8 @@ class BlockConfig(LayerConfig):
         self.confidence, self.confidence_with_markov = confidence, confidence_with_markov
         self.convolution, self.candidates = convolution, candidates
         self.sliding_window, self.sliding_layers = sliding_window, list(sliding_layers)
-        self.sliding_causal, self.attention_bias = sliding_causal, attention_bias
+        self.sliding_causal, self.window_from_root = sliding_causal, window_from_root
+        self.attention_bias = attention_bias
 
     @property
     def first_slot(self) -> int:
@@ -166,7 +170,9 @@ class BlockConfig(LayerConfig):
                 f"sliding_window {window}, sliding_layers {layers} and sliding_causal {str(self.sliding_causal).lower()}, of which a "
                 "drafter with a window has the first two, and any other none"
             )
-        if window is not None and window < self.block_size:
+        if self.window_from_root and not layers:
+            return "window_from_root true and no sliding_window, which it is about: set a window, or leave it out"
+        if window is not None and window < self.block_size and not self.window_from_root:
             return f"sliding_window {window} and block_size {self.block_size}, but a block lies within the window"
         if beyond := [layer for layer in layers if layer >= self.num_draft_layers]:
             return f"sliding_layers {beyond}, which are not below num_draft_layers {self.num_draft_layers}"

@@ -87,7 +87,7 @@ class BlockDraft(ParallelDraft):
         fresh = self._pending.slots(0, slots.num_fresh)
         fresh_BE, slots_BS = slots.aim_block(self._pending.counts_B, num_slots)
         views = [config.view(number) for number in range(config.num_draft_layers)]
-        masks = {view: slots.block_mask(slots_BS, *view) for view in dict.fromkeys(views)}
+        masks = {view: slots.block_mask(slots_BS, *view, config.window_from_root) for view in dict.fromkeys(views)}
         context_BED = drafter.context(fresh.features)
         states_BSD = drafter.slots(self.root_B, num_slots)
         of_context, of_slots = drafter.rotation(fresh_BE, context_BED), drafter.rotation(slots_BS, states_BSD)

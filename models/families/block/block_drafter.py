@@ -200,7 +200,8 @@ class BlockDrafter(TargetHead, FromFields):
             text = layer.keys_values(context_TD, of_text)
             window, causal = view = self.config.view(number)
             if view not in attentions:
-                attentions[view] = BlockAttention(batch, anchors_A, S, causal, text, sliding_window=window)
+                places, from_root = (batch, anchors_A, S, causal), self.config.window_from_root
+                attentions[view] = BlockAttention(*places, text, sliding_window=window, from_root=from_root)
             given = (layer, states_ASD, attentions[view].over(text), of_slots)
             if self.recompute and torch.is_grad_enabled():
                 states_ASD = checkpoint(_run_layer, *given, use_reentrant=False, preserve_rng_state=False)

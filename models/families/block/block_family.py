@@ -42,6 +42,8 @@ class BlockFamily(DrafterFamily):
         convolution: each layer has DFlash 2's convolution over the slots around its attention and its MLP.
         candidates: with `selector`, how many tokens of a slot can be drafted.
         sliding_window: every layer sees only so many of the last tokens, which keeps long texts cheap; null for all.
+        window_from_root: the window is so many tokens before the root, and the block, as in the speculators package; false counts
+            from each slot, as engines do.
     """
 
     kind = BlockDrafter
@@ -63,9 +65,10 @@ class BlockFamily(DrafterFamily):
         candidates: int = CANDIDATES,
         sliding_window: int | None = None,
         confidence_with_markov: bool = True,
+        window_from_root: bool = False,
     ) -> None:
         self.confidence_with_markov = confidence_with_markov
-        self.sliding_window = sliding_window
+        self.sliding_window, self.window_from_root = sliding_window, window_from_root
         self.convolution, self.candidates = convolution, candidates
         self.num_draft_layers, self.layers, self.mask = num_draft_layers, layers, mask
         self.sample_from_anchor, self.mask_token_id = sample_from_anchor, mask_token_id
@@ -96,6 +99,7 @@ class BlockFamily(DrafterFamily):
             candidates=self.candidates,
             sliding_window=self.sliding_window,
             sliding_layers=[] if self.sliding_window is None else list(range(self.num_draft_layers)),
+            window_from_root=self.window_from_root,
             draft_token_ids=draft_token_ids,
             num_draft_steps=num_steps,
             tokenizer_fingerprint=tokenizer_fingerprint,

@@ -151,6 +151,7 @@ class BlockAttention(RolloutAttention):
         text: keys and values of the context vectors, [T, G, Dh] each.
         flexible: see :class:`RolloutAttention`.
         sliding_window: a slot sees only so many of the last positions, its own among them; None for all. No block is longer.
+        from_root: the window is that many tokens before the root instead, and the block.
     """
 
     def __init__(
@@ -162,10 +163,11 @@ class BlockAttention(RolloutAttention):
         text: Pair,
         flexible: bool | None = None,
         sliding_window: int | None = None,
+        from_root: bool = False,
     ) -> None:
         anchors, places = anchors_A.repeat_interleave(num_slots), (batch.document_ids, batch.positions)
         super().__init__(*places, anchors, *text, flexible=flexible, sliding_window=sliding_window)
-        self.num_slots, self.causal = num_slots, causal
+        self.num_slots, self.causal, self.from_root = num_slots, causal, from_root
 
     def over(self, text: Pair) -> BlockAttention:
         """The same attention over the keys and values of another layer, [T, G, Dh] each; the mask is made once."""
@@ -177,11 +179,13 @@ class BlockAttention(RolloutAttention):
     def _first_seen(self, num_further: int) -> Tensor:
         """int64 [A S]: the first packed position that each slot sees. Slot k is at the anchor + 1 + k.
 
-        Example: a window of 4 behind anchor 9 -> slot 0, at 10, sees 7 to 9; slot 2, at 12, sees 9 alone.
+        Example: a window of 4 behind anchor 9 -> slot 0, at 10, sees 7 to 9; slot 2, at 12, sees 9 alone. From the root, all see 6 to 9.
         """
         starts_Q = self.anchors - self.positions[self.anchors]
         if self.sliding_window is None:
             return starts_Q
+        if self.from_root:
+            return torch.maximum(starts_Q, self.anchors + 1 - self.sliding_window)
         slot_Q = torch.arange(len(self.anchors), device=self.anchors.device) % self.num_slots
         return torch.maximum(starts_Q, self.anchors + slot_Q + 2 - self.sliding_window)
 

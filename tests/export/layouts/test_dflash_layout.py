@@ -28,6 +28,7 @@ from draftsmith.models.families.block import BlockDrafter
 STEPS, MASK = 3, 63
 HEAD = "confidence_head.proj.weight"
 WINDOWS: dict[str, Any] = {"sliding_window": 5, "sliding_layers": [0, 1]}
+OF_PACKAGE = WINDOWS | {"window_from_root": True}
 WITHOUT_MARKOV: dict[str, Any] = {"confidence": True, "confidence_with_markov": False}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "DFlash": ("dflash", {}),
@@ -48,8 +49,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "DSpark of speculators": ("speculators", {"correction": "recurrent"}),
     "a head without Markov of speculators": ("speculators", {"correction": "gated", **WITHOUT_MARKOV}),
     "6 tokens of speculators": ("speculators", {"draft_token_ids": torch.tensor([0, 3, 9, 10, 40, 63])}),
-    "causal windows of speculators": ("speculators", WINDOWS | {"sliding_causal": True}),
-    "windows of speculators": ("speculators", WINDOWS | {"correction": "vanilla"}),
+    "causal windows of speculators": ("speculators", OF_PACKAGE | {"sliding_causal": True}),
+    "windows of speculators": ("speculators", OF_PACKAGE | {"correction": "vanilla"}),
 }
 
 
@@ -119,6 +120,7 @@ def test_a_forward_from_the_files_alone_has_our_logits(target: Target, tmp_path:
         "sliding_window",
         "sliding_layers",
         "sliding_causal",
+        "window_from_root",
         "attention_bias",
     ):
         assert getattr(again.config, name) == getattr(drafter.config, name), name
@@ -221,6 +223,14 @@ def test_speculators_layers_see_the_whole_block_in_vllm_too(target: Target, tmp_
         ("domino", {"correction": "gru", "draft_token_ids": torch.arange(9)}, "a draft vocabulary of 9 tokens"),
         ("speculators", {"causal": True}, r"see the whole block .* --layout dflash"),
         ("speculators", {"causal": True, "sliding_window": 5, "sliding_layers": [1]}, r"see the whole block .* dflash"),
+        ("speculators", WINDOWS, r"counts from each slot, and the .* counts it from the root; .* --layout dflash"),
+        ("speculators", WINDOWS | {"correction": "gated"}, "--layout dspark, or train it with window_from_root true"),
+        (
+            "dflash",
+            OF_PACKAGE,
+            r"counts from the root .* --layout speculators, or train it with window_from_root false",
+        ),
+        ("domino", OF_PACKAGE | {"correction": "gru"}, "from each slot; train it with window_from_root false"),
         ("speculators", {"correction": "gru"}, "export it with --layout domino"),
         ("dflash2", {"correction": "selector", "convolution": False}, "this drafter has False, 'selector' and False"),
         ("dflash", {"correction": "selector"}, "--layout dflash does not hold; use --layout dflash2"),
@@ -386,23 +396,26 @@ def test_a_correction_beside_other_logits_is_refused(target: Target, tmp_path: P
 def test_the_card_says_that_few_engines_mix_windows_and_none(target: Target, tmp_path: Path) -> None:
     notes = write(made(target, sliding_window=5, sliding_layers=[1]), tmp_path, "dflash", target.ends)
     assert "only with its second model runner" in notes[-1]
+    notes = write(made(target, **WINDOWS), tmp_path, "dflash", target.ends)
+    assert "It is counted from each slot. vLLM 0.32 has the same window." in notes[-1]
 
 
 def test_windows_of_the_speculators_package_are_causal_by_default(target: Target, tmp_path: Path) -> None:
     for chosen, non_causal, seen in (
         ({"sliding_causal": True}, False, "No engine was tried"),
         ({"causal": True}, False, "No engine was tried"),
-        ({}, True, "vLLM 0.32 drafted nearly the same"),
+        ({}, True, "No engine was tried"),
     ):
-        notes = write(made(target, **WINDOWS, **chosen), tmp_path, "speculators", target.ends)
+        notes = write(made(target, **OF_PACKAGE, **chosen), tmp_path, "speculators", target.ends)
         assert "layers [0, 1] have a sliding window of 5" in notes[-1]
         assert seen in notes[-1]
+        assert "so many tokens before the root" in notes[-1]
         fields = json.loads((tmp_path / "config.json").read_text())
         assert fields["sliding_window_non_causal"] is non_causal
         assert fields["transformer_layer_config"]["layer_types"] == ["sliding_attention"] * 2
     rewritten(tmp_path, sliding_window_non_causal=None)
     assert load_any(tmp_path, target.ends).config.sliding_causal
-    write(made(target, correction="selector", **WINDOWS), tmp_path, "speculators", target.ends)
+    write(made(target, correction="selector", **OF_PACKAGE), tmp_path, "speculators", target.ends)
     rewritten(tmp_path, sliding_window_non_causal=None)
     assert not load_any(tmp_path, target.ends).config.sliding_causal, "of a DFlash 2"
 

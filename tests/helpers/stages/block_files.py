@@ -81,7 +81,10 @@ class BlockFiles:
         if self.fields.get("is_causal", slides and not self.fields.get("sliding_window_non_causal", False)):
             seen[:, own] = seen[:, own].tril()
         if slides:
-            seen &= places > len(context) + torch.arange(len(x))[:, None] - self.config.sliding_window
+            # The speculators package counts from the root, z-lab's layout from each slot.
+            of_package = "speculators_model_type" in self.fields
+            last = len(context) - 1 if of_package else len(context) + torch.arange(len(x))[:, None]
+            seen &= places > last - self.config.sliding_window
         values = heads("v", sources, groups).transpose(0, 1)[None]
         attended = F.scaled_dot_product_attention(turned, keys, values, seen, enable_gqa=True)
         outputs = self.projected(f"{name}self_attn.o_proj", attended[0].transpose(0, 1).flatten(1))

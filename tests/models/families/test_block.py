@@ -138,8 +138,20 @@ def test_packed_samples_give_what_single_ones_give(target: Target, causal: bool,
     torch.testing.assert_close(drafter.teacher_forced(both, rollout)[valid], apart[valid], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("causal", "window"), [(False, None), (True, None), (False, 40), (True, 3)])
-def test_attention_without_score_matrices_equals_the_dense_one(causal: bool, window: int | None) -> None:
+@pytest.mark.parametrize(
+    ("causal", "window", "from_root"),
+    [
+        (False, None, False),
+        (True, None, False),
+        (False, 40, False),
+        (True, 3, False),
+        (False, 40, True),
+        (True, 2, True),
+    ],
+)
+def test_attention_without_score_matrices_equals_the_dense_one(
+    causal: bool, window: int | None, from_root: bool
+) -> None:
     generator = torch.Generator().manual_seed(0)
 
     def rows(*shape: int) -> Tensor:
@@ -156,7 +168,7 @@ def test_attention_without_score_matrices_equals_the_dense_one(causal: bool, win
     queries, own = rows(len(anchors) * 3, 4, 8), (rows(len(anchors) * 3, 2, 8), rows(len(anchors) * 3, 2, 8))
     text = rows(170, 2, 8), rows(170, 2, 8)
     dense, flexible = (
-        BlockAttention(batch, anchors, 3, causal, text, flexible, window).over(text)(queries, [own])
+        BlockAttention(batch, anchors, 3, causal, text, flexible, window, from_root).over(text)(queries, [own])
         for flexible in (False, True)
     )
     torch.testing.assert_close(flexible, dense, rtol=1e-4, atol=1e-5)
@@ -198,34 +210,50 @@ def test_a_sampled_chain_drafts_and_ends(target: Target) -> None:
     assert [len(reply.token_ids) for reply in replies] == [6, 6]
 
 
-WINDOWED = [([0, 1], False, False), ([1], False, True), ([0, 1], False, True), ([0], True, False)]
-every_window = pytest.mark.parametrize(("layers", "causal", "sliding_causal"), WINDOWED)
+WINDOWED: list[tuple[list[int], bool, dict[str, bool]]] = [
+    ([0, 1], False, {}),
+    ([1], False, {"sliding_causal": True}),
+    ([0, 1], False, {"sliding_causal": True}),
+    ([0], True, {}),
+    ([0, 1], False, {"window_from_root": True}),
+    ([1], False, {"window_from_root": True, "sliding_causal": True}),
+]
+every_window = pytest.mark.parametrize(("layers", "causal", "chosen"), WINDOWED)
 
 
 @every_window
 @torch.no_grad()
 def test_a_sliding_window_is_the_same_in_training_and_in_decoding(
-    target: Target, layers: list[int], causal: bool, sliding_causal: bool
+    target: Target, layers: list[int], causal: bool, chosen: dict[str, bool]
 ) -> None:
-    drafter = made(target, causal, sliding_window=6, sliding_layers=layers, sliding_causal=sliding_causal)
+    drafter = made(target, causal, sliding_window=6, sliding_layers=layers, **chosen)
     batch, roots = batch_of(target, drafter), [2, 7, 15]
     trained = trained_logits(drafter, batch, roots, STEPS)
     torch.testing.assert_close(served_in_a_row(drafter, batch, roots, STEPS), trained, rtol=1e-4, atol=1e-4)
     in_tree, in_chain = tree_and_chain_logits(drafter, batch, 7)
     torch.testing.assert_close(in_tree, in_chain, rtol=1e-4, atol=1e-4)
-    long = made(target, causal, sliding_window=64, sliding_layers=layers, sliding_causal=sliding_causal)
+    long = made(target, causal, sliding_window=64, sliding_layers=layers, **chosen)
     unbounded = trained_logits(long, batch, roots, STEPS)
     torch.testing.assert_close(served_in_a_row(long, batch, roots, STEPS), unbounded, rtol=1e-4, atol=1e-4)
     assert (unbounded - trained).abs().amax((1, 2))[2] > 1e-2, "the last root has more text than the window"
     plain = trained_logits(made(target, causal), batch, roots, STEPS)
-    assert torch.allclose(unbounded, plain, atol=1e-4) is not sliding_causal
+    assert torch.allclose(unbounded, plain, atol=1e-4) is not chosen.get("sliding_causal", False)
+    other = made(
+        target,
+        causal,
+        sliding_window=6,
+        sliding_layers=layers,
+        **chosen | {"window_from_root": "window_from_root" not in chosen},
+    )
+    elsewhere = trained_logits(other, batch, roots, STEPS)
+    assert (elsewhere - trained).abs().amax((1, 2))[2] > 1e-3, "where the window begins makes a difference"
 
 
 @every_window
 def test_rows_of_a_batch_draft_with_a_window_as_they_do_alone(
-    target: Target, layers: list[int], causal: bool, sliding_causal: bool
+    target: Target, layers: list[int], causal: bool, chosen: dict[str, bool]
 ) -> None:
-    drafter = made(target, causal, sliding_window=6, sliding_layers=layers, sliding_causal=sliding_causal)
+    drafter = made(target, causal, sliding_window=6, sliding_layers=layers, **chosen)
     texts = torch.randint(0, 64, (3, 18), generator=torch.Generator().manual_seed(3)).tolist()
     roots = [[11, 1, 3], [12, 5, 6], [16, 6, 8]]
 
@@ -244,9 +272,9 @@ def test_rows_of_a_batch_draft_with_a_window_as_they_do_alone(
 
 @every_window
 def test_a_batch_decodes_with_a_window_what_its_rows_decode_alone(
-    target: Target, layers: list[int], causal: bool, sliding_causal: bool
+    target: Target, layers: list[int], causal: bool, chosen: dict[str, bool]
 ) -> None:
-    drafter = made(target, causal, sliding_window=6, sliding_layers=layers, sliding_causal=sliding_causal)
+    drafter = made(target, causal, sliding_window=6, sliding_layers=layers, **chosen)
     prompts, settings = (
         [[1, 5, 9, 8, 40, 41, 3, 7, 30, 2, 6, 5], [1, 7], [3, 4, 9, 11]],
         GenerationSettings(max_new_tokens=8),
@@ -271,17 +299,22 @@ def test_the_first_token_of_a_window_moves_with_the_slot(target: Target) -> None
         batch, torch.tensor([1, 9]), 3, False, (torch.zeros(24, 1, 1), torch.zeros(24, 1, 1)), False, 4
     )
     assert attention._first_seen(1).tolist() == [0, 0, 1, 7, 8, 9]
+    attention.from_root = True
+    assert attention._first_seen(1).tolist() == [0, 0, 0, 6, 6, 6]
 
 
 def test_every_layer_takes_the_window_of_the_settings(target: Target) -> None:
     drafter = BlockFamily(num_draft_layers=2, sliding_window=9).build(target.ends, None, STEPS, "")
     assert (drafter.config.sliding_window, drafter.config.sliding_layers) == (9, [0, 1])
+    of_package = BlockFamily(sliding_window=9, window_from_root=True).build(target.ends, None, STEPS, "")
+    assert (of_package.config.window_from_root, drafter.config.window_from_root) == (True, False)
     assert [each.window for each in drafter.key_values()] == [9, 9]
     assert [each.window for each in made(target, sliding_window=9, sliding_layers=[1]).key_values()] == [None, 9]
     for chosen, message in (
         ({"sliding_window": 4, "sliding_layers": [0]}, "sliding_window 4 and block_size 5, but a block lies within"),
         ({"sliding_window": 9}, r"sliding_window 9, sliding_layers \[\] and sliding_causal false"),
         ({"sliding_causal": True}, "sliding_window None, .* sliding_causal true"),
+        ({"window_from_root": True}, "window_from_root true and no sliding_window"),
         ({"sliding_window": 9, "sliding_layers": [2]}, r"sliding_layers \[2\], which are not below num_draft_layers 2"),
     ):
         with pytest.raises(ValueError, match=message):
