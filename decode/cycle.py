@@ -27,6 +27,7 @@ from draftsmith.models.slots.row_caches import RowCaches
 from draftsmith.models.slots.row_state import write_over
 from draftsmith.models.target.target import Target, TargetOutput
 from draftsmith.models.tree.limits import DraftLimits
+from draftsmith.models.tree.noise import SharedNoise
 from draftsmith.models.tree.search import Draws
 from draftsmith.models.tree.tree import DraftTree, root_tree
 from draftsmith.models.trunk.forwards import read_tree, within_factors
@@ -193,6 +194,7 @@ class DecodeCycle:
             settings.temperature,
             self.verifier.reads_draft_probs,
             self.fixed_shapes,
+            self._noise(batch, settings),
         )
         if self.shape is None:
             self._keep_draft(batch, self.drafter.follow(batch.draft, cycle, self.limits))
@@ -207,6 +209,19 @@ class DecodeCycle:
         if keys_BU is None:
             return None
         return Draws(keys_BU[:, : self.verifier.num_draft_keys], lambda logits: process(logits, settings).softmax(-1))
+
+    def _noise(self, batch: Batch, settings: GenerationSettings) -> SharedNoise | None:
+        """The numbers by which the target will draw, for drafts that are not drawn themselves and do not ask for the likeliest tokens."""
+        keys_B, shape = batch.rows.choice_keys_B, self.shape
+        if (
+            keys_B is None
+            or shape is None
+            or shape.sampled is not None
+            or shape.likeliest
+            or not self.verifier.shares_noise
+        ):
+            return None
+        return SharedNoise(keys_B, batch.lengths_B, settings.temperature, lambda logits: process(logits, settings))
 
     def _read(self, batch: Batch, tree: DraftTree, ancestors_BNN: Tensor) -> TargetOutput:
         """One target forward over the packed tree, written behind each row's cached tokens."""

@@ -1,12 +1,14 @@
 """What one trains for sampling: losses made of the acceptance.
 
-    python -m benchmarks.drafters.acceptance --cache CACHE      # about half an hour on one core
+    python -m benchmarks.drafters.acceptance --cache CACHE      # on chat-6m, about half an hour on one core
+    python -m benchmarks.drafters.acceptance --cache CACHE --target TARGET --tests TESTS.jsonl --shapes 1:s1.1.1.1.1
 
 It trains draft heads for the same number of steps with each loss, and counts tokens per step at temperature 0 and above it. They do not
 depend on what else the machine does. Intervals are bootstraps over prompts.
 
-Data: the folder that `--data` names, with models/chat-6m and replies/chat-6m_test.jsonl, and a cache of chat-6m that
-`draftsmith data extract` made. What it trained and counted is kept in `--work` and used again.
+Data: a cache of the target that `draftsmith data extract` made, and prompts as JSONL with `prompt_ids`; without `--target` and `--tests`,
+models/chat-6m and replies/chat-6m_test.jsonl in the folder that `--data` names. What it trained and counted is kept in `--work` and used
+again.
 """
 
 from __future__ import annotations
@@ -39,8 +41,8 @@ LOSSES: dict[str, dict[str, Any]] = {
     "forward_kl, d_pace 0.5": {"d_pace": 0.5},
     "negative_log_acceptance, d_pace 0.5": {"divergence": "negative_log_acceptance", "d_pace": 0.5},
 }
-LOSS_SHAPES = {0.0: ["1x5", "10x5n24"], 1.0: ["10x5n24", "s1.1.1.1.1", "s4.1.1.1.1"]}
-"""What each loss is judged by, for each temperature: a tree walk and, where there is sampling, rejection along chains and trees."""
+LOSS_SHAPES = ("0:1x5", "0:10x5n24", "1:10x5n24", "1:s1.1.1.1.1", "1:s4.1.1.1.1")
+"""What each loss is judged by, TEMPERATURE:SHAPE: a tree walk and, where there is sampling, rejection along chains and trees."""
 
 
 class Counts:
@@ -71,7 +73,8 @@ def train_all(options: argparse.Namespace) -> dict[str, dict[str, Path]]:
     for family in options.families:
         for loss in options.losses:
             recipe = ALL_RECIPES[family]
-            recipe = replace(recipe, module={**recipe.module, **LOSSES[loss]}, options={**recipe.options})
+            own = {} if options.draft_vocab is None else {"draft_vocab_size": options.draft_vocab}
+            recipe = replace(recipe, module={**recipe.module, **LOSSES[loss]}, options={**recipe.options, **own})
             out = options.work / folder_of(family, loss)
             done = train(recipe, str(options.target), options.cache, out, steps=options.steps)
             drafters.setdefault(family, {})[loss] = out / "drafter"
@@ -81,7 +84,9 @@ def train_all(options: argparse.Namespace) -> dict[str, dict[str, Path]]:
 
 def loss_table(counts: Counts, drafters: dict[str, Path]) -> list[str]:
     """Tokens per step by loss, for one family."""
-    columns = [(temperature, shape) for temperature, shapes in LOSS_SHAPES.items() for shape in shapes]
+    columns = [
+        (float(temperature), shape) for temperature, shape in (each.split(":") for each in counts.options.shapes)
+    ]
     lines = ["| loss | " + " | ".join(f"T = {temperature:g}, `{shape}`" for temperature, shape in columns) + " |"]
     lines.append("|---" * (1 + len(columns)) + "|")
     for loss, drafter in drafters.items():
@@ -92,16 +97,20 @@ def loss_table(counts: Counts, drafters: dict[str, Path]) -> list[str]:
 
 def main() -> int:
     options = _options()
-    options.target = options.data / "models" / "chat-6m"
-    if not options.target.is_dir():
-        print(f"skipped: {options.target} is not there; name the data with --data")
+    if not Path(options.target).exists() or not options.tests.is_file():
+        print(
+            f"skipped: {options.target} or {options.tests} is not there; name the data with --data, or --target and --tests"
+        )
         return 0
     options.work.mkdir(parents=True, exist_ok=True)
-    prompts = [row["prompt_ids"] for _, row in read_jsonl(options.data / "replies" / "chat-6m_test.jsonl")]
+    prompts = [row["prompt_ids"] for _, row in read_jsonl(options.tests)]
     load = os.getloadavg()[0]
     drafters = train_all(options)
     counts = Counts(options, Target.load(str(options.target)), prompts[: options.prompts])
-    page = [f"# Losses for sampling, chat-6m, {date.today().isoformat()}", f"`{provenance.command_line()}`"]
+    page = [
+        f"# Losses for sampling, {Path(options.target).stem}, {date.today().isoformat()}",
+        f"`{provenance.command_line()}`",
+    ]
     page.append(
         f"{options.steps} steps for each head, {len(counts.prompts)} prompts, {options.tokens} new tokens, {options.seeds} seeds where "
         f"tokens are drawn. Load average at the start: {load:.1f}."
@@ -123,8 +132,14 @@ def _options() -> argparse.Namespace:
         "--cache",
         type=Path,
         required=True,
-        help="of chat-6m, with last.pre_norm and the layers that block drafters read",
+        help="of the target, with last.pre_norm and the layers that block drafters read",
     )
+    parser.add_argument("--target", help="a folder or a GGUF file")
+    parser.add_argument("--tests", type=Path)
+    parser.add_argument(
+        "--draft-vocab", type=int, help="size of the draft vocabularies; by default all of the target's"
+    )
+    parser.add_argument("--shapes", nargs="+", default=LOSS_SHAPES, metavar="TEMPERATURE:SHAPE")
     parser.add_argument("--work", type=Path, default=Path("runs/acceptance"))
     parser.add_argument("--families", type=names, default=["eagle", "redrafter"], help="joined by semicolons")
     parser.add_argument("--losses", type=names, default=list(LOSSES), help="joined by semicolons")
@@ -132,7 +147,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=60)
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--seeds", type=int, default=2)
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.target = options.target or str(options.data / "models" / "chat-6m")
+    options.tests = options.tests or options.data / "replies" / "chat-6m_test.jsonl"
+    return options
 
 
 if __name__ == "__main__":

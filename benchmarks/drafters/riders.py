@@ -23,7 +23,7 @@ from draftsmith.models.families.heads import HeadsFamily
 from draftsmith.models.target.target import Target
 from draftsmith.models.tree.shapes import parse_shape
 
-PILOTS = (10, 40)
+PILOTS = (10, 110)
 STEPS = 3
 CONTENDERS = {
     "EAGLE-1": RECIPES["eagle"],
@@ -47,14 +47,14 @@ class Counted:
 
 
 def steps_for(recipe: Recipe, target: str, cache: Path, seconds: float) -> int:
-    """Optimiser steps that take so many seconds of processor time, by two short runs."""
+    """Optimiser steps that take so many seconds of processor time, by two short runs behind one that warms up."""
     spent = []
-    for steps in PILOTS:
+    for steps in (1, *PILOTS):
         with tempfile.TemporaryDirectory(prefix="pilot-") as folder:
             before = time.process_time()
             train(recipe, target, cache, Path(folder), steps=steps)
             spent.append(time.process_time() - before)
-    return max(PILOTS[1], int(seconds * (PILOTS[1] - PILOTS[0]) / (spent[1] - spent[0])))
+    return max(PILOTS[1], int(seconds * (PILOTS[1] - PILOTS[0]) / max(spent[2] - spent[1], 1e-3)))
 
 
 def count(target: Target, folder: Path, shape: str, prompts: list[list[int]], temperature: float) -> Counted:

@@ -1,4 +1,4 @@
-"""Every lossless rule at equal nodes: tokens per step where tokens are drawn, and what each rule gains over the walk of a dynamic tree.
+"""Every lossless rule at equal nodes: tokens per step where tokens are drawn, and what each gains over a tree of the likeliest tokens.
 
     python -m benchmarks.drafters.rules --target TARGET --tests TESTS.jsonl --heads eagle=FOLDER --work FOLDER
 
@@ -28,10 +28,12 @@ from draftsmith.models.drafters.drafter_folder import load_drafter
 from draftsmith.models.target.target import Target
 from draftsmith.models.tree.shapes import parse_shape
 
-WALK = "walk, dynamic tree"
+WALK = "likeliest tokens, dynamic tree"
 RULES = {
-    "walk, chain": {6: "1x6", 12: "1x12", 24: "1x24"},
-    WALK: {6: "6x4n6", 12: "10x4n12", 24: "10x5n24"},
+    "likeliest tokens, chain": {6: "1x6l", 12: "1x12l"},
+    WALK: {6: "6x4n6l", 12: "10x4n12l", 24: "10x5n24l"},
+    "guesses, chain": {6: "1x6", 12: "1x12"},
+    "guesses, dynamic tree": {6: "6x4n6", 12: "10x4n12", 24: "10x5n24"},
     "p/q, sampled chain": {6: "s1.1.1.1.1.1", 12: "s" + ".".join("1" * 12)},
     "block verification": {6: "b1.1.1.1.1.1", 12: "b" + ".".join("1" * 12)},
     "MCSD": {6: "s2.1.1", 12: "s3.1.1.1", 24: "s6.1.1.1"},

@@ -1,8 +1,8 @@
 """Tokens per step of a drafter on cached replies, without running the target again.
 
 A reply does not depend on the draft: greedy ones never do, and the random numbers of sampled ones belong to places of the reply. So one
-cache of replies serves every drafter. Each drafts behind every token of a reply, from the cached states. The cycles are replayed from
-that record.
+cache of replies serves every drafter. Where replies were drawn, the drafts are guesses by the same numbers. Each drafter drafts behind
+every token of a reply, from the cached states. The cycles are replayed from that record.
 
 Owns: the pass over a cache. Does not know: how drafters are trained, or what is compared.
 
@@ -12,17 +12,19 @@ Shape legend: B replies of a batch, E pairs of a prompt, D hidden.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from draftsmith.data.shards.shards import CachedSample
+from draftsmith.decode.sampling import GenerationSettings, process
 from draftsmith.evaluate.strata.acceptance import tokens_per_step
 from draftsmith.evaluate.tune.recording import Drafted, Recorded, Recording, traced
 from draftsmith.evaluate.tune.simulate import replay
 from draftsmith.models import Cycle, Drafter, DraftLimits, Emitted, Opening
+from draftsmith.models.tree.noise import SharedNoise, keys_from, request_keys
 
 TREE = DraftLimits(10, 5, node_budget=24)
 
@@ -44,6 +46,34 @@ class Acceptance:
     cycles: int
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """How replies were drawn.
+
+    Attributes:
+        settings: of all of them, with a temperature above 0.
+        numbers: which noise each one drew, as the engine's request ids.
+    """
+
+    settings: GenerationSettings
+    numbers: Sequence[int]
+
+    def part(self, start: int, count: int) -> Drawn:
+        """Of some replies only."""
+        return Drawn(self.settings, self.numbers[start : start + count])
+
+    def noise(self, prompts_B: Tensor) -> SharedNoise:
+        """What the target draws with behind the first token of each reply.
+
+        Args:
+            prompts_B: int64, tokens of each prompt.
+        """
+        keys_B = request_keys(self.settings.seed, self.numbers, "choices", prompts_B.device)
+        # A reply's first token has the place 0, and the root of the first draft is that token.
+        keys_B = keys_from(keys_B, prompts_B - 1)
+        return SharedNoise(keys_B, prompts_B, self.settings.temperature, lambda logits: process(logits, self.settings))
+
+
 def acceptance(replies: Sequence[Recorded], limits: DraftLimits = TREE) -> Acceptance:
     """Pools the record of some replies.
 
@@ -60,7 +90,11 @@ def acceptance(replies: Sequence[Recorded], limits: DraftLimits = TREE) -> Accep
 
 
 def record_cached(
-    drafter: Drafter, samples: Sequence[CachedSample], limits: DraftLimits = TREE, batch_size: int = 8
+    drafter: Drafter,
+    samples: Sequence[CachedSample],
+    limits: DraftLimits = TREE,
+    batch_size: int = 8,
+    drawn: Drawn | None = None,
 ) -> list[Recorded]:
     """Drafts behind every token of cached replies, and keeps where the drafts hold what follows in the replies.
 
@@ -69,16 +103,21 @@ def record_cached(
         samples: each a prompt, then one reply to the end of the sample.
         limits: the widest and deepest draft that will be replayed.
         batch_size: B.
+        drawn: how the replies were drawn; None for greedy ones.
 
     Raises:
         ValueError: a sample without a prompt or without a reply, or with more than one reply.
     """
-    drafted = drafts_of(drafter, samples, limits, batch_size)
+    drafted = drafts_of(drafter, samples, limits, batch_size, drawn)
     return [traced(prompt, reply, trees, limits.draft_length) for prompt, reply, trees in drafted]
 
 
 def drafts_of(
-    drafter: Drafter, samples: Sequence[CachedSample], limits: DraftLimits = TREE, batch_size: int = 8
+    drafter: Drafter,
+    samples: Sequence[CachedSample],
+    limits: DraftLimits = TREE,
+    batch_size: int = 8,
+    drawn: Drawn | None = None,
 ) -> Iterator[tuple[list[int], list[int], dict[int, list[Drafted]]]]:
     """Drafts behind every token of cached replies.
 
@@ -87,6 +126,7 @@ def drafts_of(
         samples: each a prompt, then one reply to the end of the sample.
         limits: the widest and deepest draft.
         batch_size: B.
+        drawn: how the replies were drawn; None for greedy ones.
 
     Yields:
         Of each sample the prompt, the reply, and by width the drafts behind all tokens of the reply but the last.
@@ -97,16 +137,23 @@ def drafts_of(
     recording = Recording(drafter.eval(), [limits.beam_width], limits.draft_length)
     for start in range(0, len(samples), batch_size):
         batch = samples[start : start + batch_size]
-        prompts = [_prompt_length(sample) for sample in batch]
         with torch.no_grad():
-            _draft_everywhere(recording, batch, prompts, limits)
-        for sample, prompt, trees in zip(batch, prompts, recording.drafted, strict=True):
-            ids = sample.input_ids.tolist()
+            draft_everywhere(recording, batch, limits, None if drawn is None else drawn.part(start, len(batch)))
+        for sample, trees in zip(batch, recording.drafted, strict=True):
+            ids, prompt = sample.input_ids.tolist(), prompt_length(sample)
             kept = {width: of_width[: len(ids) - prompt - 1] for width, of_width in trees.items()}
             yield ids[:prompt], ids[prompt:], kept
 
 
-def _prompt_length(sample: CachedSample) -> int:
+def prompt_length(sample: CachedSample) -> int:
+    """Tokens of a sample's prompt.
+
+    Args:
+        sample: a prompt, then one reply to its end.
+
+    Raises:
+        ValueError: it is something else.
+    """
     labelled = torch.nonzero(sample.loss_mask).flatten()
     prompt = len(sample.input_ids) - len(labelled)
     if not len(labelled) or not prompt or int(labelled[0]) != prompt:
@@ -114,11 +161,21 @@ def _prompt_length(sample: CachedSample) -> int:
     return prompt
 
 
-def _draft_everywhere(
-    recording: Recording, samples: Sequence[CachedSample], prompts: Sequence[int], limits: DraftLimits
+def draft_everywhere(
+    recording: Recording, samples: Sequence[CachedSample], limits: DraftLimits, drawn: Drawn | None = None
 ) -> None:
-    """Fills the record: all rows move by one token at a time, and one whose reply has ended repeats its last token."""
-    features = recording.features
+    """Fills the record: all rows move by one token at a time, and one whose reply has ended repeats its last token.
+
+    Args:
+        recording: a draft is made behind each token of the replies but the last.
+        samples: each a prompt, then one reply to the end of the sample.
+        limits: of the drafts.
+        drawn: how the replies were drawn; None for greedy ones.
+
+    Raises:
+        ValueError: a sample is something else.
+    """
+    features, prompts = recording.features, [prompt_length(sample) for sample in samples]
     lengths_B = torch.tensor(prompts)
     first = Emitted(
         pad_sequence([sample.input_ids[1 : prompt + 1] for sample, prompt in zip(samples, prompts, strict=True)], True),
@@ -128,8 +185,12 @@ def _draft_everywhere(
     longest = max(len(sample.input_ids) for sample in samples)
     state = recording.start(Opening(first, torch.stack([sample.input_ids[0] for sample in samples]), limits, longest))
     fresh = list(prompts)
+    temperature = 0.0 if drawn is None else drawn.settings.temperature
+    noise = None if drawn is None or limits.likeliest else drawn.noise(lengths_B)
     for tokens_B1, states, moved_B in _steps(samples, prompts, features):
-        recording.propose(state, Cycle(lengths_B, lengths_B.tolist(), fresh), limits)
+        here = None if noise is None else replace(noise, first_B=lengths_B)
+        cycle = Cycle(lengths_B, lengths_B.tolist(), fresh, temperature=temperature, noise=here)
+        recording.propose(state, cycle, limits)
         lengths_B = lengths_B + moved_B
         fresh = moved_B.tolist()
         state = recording.advance(state, Emitted(tokens_B1, states, torch.ones_like(lengths_B)))

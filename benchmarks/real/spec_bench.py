@@ -17,14 +17,17 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
-from benchmarks.learning.replay import record_cached
+from benchmarks.learning.replay import Drawn, record_cached
 from draftsmith.data.cache.reader import HiddenStateCache
 from draftsmith.data.corpus import RESPONSE_GLOB
+from draftsmith.data.replies.dialogues import noise_number
 from draftsmith.data.shards.shards import CachedSample
+from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.evaluate.drafters import Entry, parse_entries
 from draftsmith.evaluate.strata.acceptance import tokens_per_step, tokens_per_step_interval
 from draftsmith.evaluate.strata.categories import prompts_by_category
@@ -48,11 +51,13 @@ class ReplySet:
         temperature: as it was named on the command line.
         samples: a prompt and a reply each, with the target's states.
         categories: of each sample.
+        drawn: how the replies were drawn; None for greedy ones.
     """
 
     temperature: str
     samples: list[CachedSample]
     categories: list[str | None]
+    drawn: Drawn | None
 
 
 @dataclass(frozen=True)
@@ -74,15 +79,25 @@ def reply_set(temperature: str, replies: Path, cache: Path) -> ReplySet:
     Raises:
         ValueError: a sample of the cache is no row of the replies.
     """
-    rows = (json.loads(line) for file in sorted(replies.glob(RESPONSE_GLOB)) for line in file.open(encoding="utf-8"))
-    categories = {row["id"]: row.get("category") for row in rows}
+    lines = (line for file in sorted(replies.glob(RESPONSE_GLOB)) for line in file.open(encoding="utf-8"))
+    rows = {row["id"]: row for row in map(json.loads, lines)}
     samples = list(HiddenStateCache(cache))
-    unknown = next((sample.id for sample in samples if sample.id not in categories), None)
+    unknown = next((sample.id for sample in samples if sample.id not in rows), None)
     if unknown is not None:
         raise ValueError(
             f"{cache} has the sample {unknown!r}, and {replies} has no such row; give the cache of these replies"
         )
-    return ReplySet(temperature, samples, [categories[sample.id] for sample in samples])
+    return ReplySet(
+        temperature, samples, [rows[sample.id].get("category") for sample in samples], _drawn(rows, samples)
+    )
+
+
+def _drawn(rows: dict[str, Any], samples: Sequence[CachedSample]) -> Drawn | None:
+    """How the target drew these replies, by what their rows say."""
+    settings = rows[samples[0].id].get("settings")
+    if settings is None or settings["temperature"] == 0.0:
+        return None
+    return Drawn(GenerationSettings(**settings), [noise_number(sample.id, 0) for sample in samples])
 
 
 def lookup_decoded(prompt_ids: Sequence[int], reply: Sequence[int], num_tokens: int) -> Decoded:
@@ -141,7 +156,7 @@ def drafter_columns(entry: Entry, ends: TargetEnds, replies: ReplySet) -> Iterat
     for limits in entry.shapes:
         largest = max((each for each in entry.shapes if _same_but_nodes(each, limits)), key=_num_nodes, default=limits)
         if largest not in recorded:
-            recorded[largest] = record_cached(drafter, replies.samples, largest)
+            recorded[largest] = record_cached(drafter, replies.samples, largest, drawn=replies.drawn)
         yield Column(f"{entry.name} {shape_text(limits)}", [replay(reply, limits) for reply in recorded[largest]])
 
 

@@ -35,6 +35,19 @@ from draftsmith.data.replies.vllm_sampling import settle
 from draftsmith.decode.sampling import GenerationSettings
 
 
+def noise_number(prompt_id: str, turn: int) -> int:
+    """Which noise a reply draws.
+
+    Args:
+        prompt_id: of the prompt's row.
+        turn: of the conversation, from 0 on.
+
+    Returns:
+        The engine's request id.
+    """
+    return int.from_bytes(hashlib.sha256(f"{prompt_id}\0{turn}".encode()).digest()[:4], "big")
+
+
 @dataclass(frozen=True)
 class Failure:
     """A prompt without a reply.
@@ -74,7 +87,7 @@ class Dialogue:
     @property
     def request_id(self) -> int:
         """Which noise the next turn draws: a property of the prompt, not of its place in the file."""
-        return int.from_bytes(hashlib.sha256(f"{self.prompt.id}\0{len(self.turns)}".encode()).digest()[:4], "big")
+        return noise_number(self.prompt.id, len(self.turns))
 
     def take(self, reply: Reply, chat: ChatTemplate, context: int | None) -> None:
         """Append the reply to `next_ids` and prepare the next turn; a conversation that fills the context ends there.

@@ -48,6 +48,7 @@ class CandidateVerifier:
 
     layers: tuple[str, ...] = ()
     reads_draft_probs = False
+    shares_noise = False
     thoughts = None
 
     def __init__(self, limits: DraftLimits, sampled: SampledChildren) -> None:

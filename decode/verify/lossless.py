@@ -2,8 +2,9 @@
 
 Owns the lossless rule. The target chooses one token at every node (its argmax, or one draw from its processed distribution); the walk
 descends while the choice is a child and emits the first choice that is not. Whatever the tree holds, the emitted tokens are exactly
-what the target would have chosen alone, since the tree was built without looking at the draws. Knows nothing of how choices were
-drawn, of caches or drafters.
+what the target would have chosen alone: a choice is made of the target's distribution and the position's numbers, and of no draft. So a
+drafter may even know the numbers (:class:`~draftsmith.models.tree.noise.SharedNoise`). Knows nothing of how choices were drawn, of
+caches or drafters.
 
 Shape legend: B batch rows, N tree nodes, E path slots (max_depth + 1).
 """
@@ -23,6 +24,7 @@ class LosslessVerifier:
 
     layers: tuple[str, ...] = ()
     reads_draft_probs = False
+    shares_noise = True
     num_draft_keys = 0
     num_walk_keys = 0
     thoughts = None

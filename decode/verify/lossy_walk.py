@@ -59,6 +59,11 @@ class LossyVerifier:
         return self._rule.features
 
     @property
+    def shares_noise(self) -> bool:
+        """False: what a rule lets stand depends on the draft."""
+        return False
+
+    @property
     def reads_draft_probs(self) -> bool:
         """The rule's."""
         return self._rule.reads_draft

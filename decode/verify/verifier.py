@@ -94,6 +94,10 @@ class Verifier(Protocol):
         """Whether chains must carry the distributions that they were drafted from."""
 
     @property
+    def shares_noise(self) -> bool:
+        """Whether drafts may be guesses by the numbers that the target draws with; only where no emitted token depends on the draft."""
+
+    @property
     def num_draft_keys(self) -> int:
         """Noise keys of a cycle with which the drafter draws its nodes; 0 where drafts are not drawn."""
 

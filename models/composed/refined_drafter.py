@@ -28,7 +28,9 @@ from draftsmith.models.ngrams.lattice import best_paths
 from draftsmith.models.ngrams.table import load_ngrams
 from draftsmith.models.target.target import TargetEnds
 from draftsmith.models.tree.limits import DraftLimits
+from draftsmith.models.tree.noise import SharedNoise
 from draftsmith.models.tree.search import ConfidentExpander, Expander
+from draftsmith.models.tree.shortlist import every_target_id
 from draftsmith.models.tree.tree import DraftTree, prune, tree_from_paths
 
 _MOST_STATES = 4096
@@ -244,7 +246,7 @@ class RefinedDrafter(ComposedDrafter):
         assert isinstance(state.own, TailState)
         assert state.head is not None
         head, table = self.head.expander(state.head, cycle, limits), self.reviser.table
-        ids_BLC, scores_BLC = _slots(head, limits.draft_length, self.config.num_candidates)
+        ids_BLC, scores_BLC = _slots(head, limits.draft_length, self.config.num_candidates, cycle.noise)
         contexts_B = table.context_of(state.own.tokens_BK)
         num_paths = 1 if limits.is_chain else self.config.num_paths
         paths_BPL, scores_BPL = best_paths(table, contexts_B, ids_BLC, scores_BLC, float(self.config.alpha), num_paths)
@@ -263,12 +265,15 @@ class RefinedDrafter(ComposedDrafter):
         )
 
 
-def _slots(head: Expander, length: int, num_candidates: int) -> tuple[Tensor, Tensor]:
+def _slots(head: Expander, length: int, num_candidates: int, noise: SharedNoise | None) -> tuple[Tensor, Tensor]:
     """The likeliest target tokens of each slot of a head that reads no drafted token: int64 [B, L, C], float32 [B, L, C]."""
     logits = [head.begin()]
     while len(logits) < length:
         logits.append(head.extend(head.target_ids(logits[-1].argmax(-1)), torch.zeros_like(head.root_B)[:, None]))
-    log_probs_BLV = torch.cat(logits, dim=1).float().log_softmax(-1)
+    logits_BLV = torch.cat(logits, dim=1).float()
+    if noise is not None:
+        logits_BLV = noise.onto(logits_BLV, 0, every_target_id(head, logits_BLV), each=True)
+    log_probs_BLV = logits_BLV.log_softmax(-1)
     scores_BLC, draft_BLC = log_probs_BLV.topk(min(num_candidates, log_probs_BLV.shape[-1]), dim=-1)
     return head.target_ids(draft_BLC), scores_BLC
 

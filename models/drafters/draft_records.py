@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from draftsmith.models.slots.slot_cache import KeptRows, SlotCache
 from draftsmith.models.tree.limits import DraftLimits
+from draftsmith.models.tree.noise import SharedNoise
 from draftsmith.models.tree.search import Draws
 
 
@@ -132,6 +133,7 @@ class Cycle:
         draws: for sampled trees, or None.
         temperature: of the requests; decides how sharply scores are read.
         keep_probs: whether verification compares distributions; chains then carry theirs.
+        noise: by which the target will draw, for drafts that are not drawn themselves; None drafts the likeliest tokens.
     """
 
     lengths_B: Tensor
@@ -142,6 +144,7 @@ class Cycle:
     temperature: float = 0.0
     keep_probs: bool = False
     fixed_shapes: bool = False
+    noise: SharedNoise | None = None
 
     def select_rows(self, rows: list[int], rows_B: Tensor) -> Cycle:
         """Keep some batch rows only.
@@ -160,6 +163,7 @@ class Cycle:
             host_fresh=[self.host_fresh[row] for row in rows],
             stop_below_B=None if self.stop_below_B is None else self.stop_below_B[rows_B],
             draws=None if self.draws is None else replace(self.draws, keys_BU=self.draws.keys_BU[rows_B]),
+            noise=None if self.noise is None else self.noise.select_rows(rows_B),
         )
 
 

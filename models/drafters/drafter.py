@@ -419,9 +419,10 @@ class Drafter(ScoringModule):
         if limits.sampled is None:
             scale = self.score_scale(cycle.temperature)
             if not cycle.keep_probs:
-                return search(expander, cycle.stop_below_B, limits, scale, cut)
+                return search(expander, cycle.stop_below_B, limits, scale, cut, cycle.noise)
             kept = KeptLogits(expander)
-            return kept.onto(search(kept, cycle.stop_below_B, limits, scale, cut), self.ends.vocab_size)
+            tree = search(kept, cycle.stop_below_B, limits, scale, cut, cycle.noise)
+            return kept.onto(tree, self.ends.vocab_size)
         if cycle.draws is None:
             raise ValueError(
                 "a sampled tree is asked for without draws, which are there at temperatures above 0 only; at temperature 0 draft with "

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from draftsmith.models.tree.shortlist import Shortlist, likeliest_alone, shortlist_of
+from draftsmith.models.tree.noise import SharedNoise
+from draftsmith.models.tree.shortlist import Shortlist, every_target_id, likeliest_alone, shortlist_of
 
 if TYPE_CHECKING:
     from draftsmith.models.drafters.drafter import Drafter
@@ -79,7 +80,7 @@ class ParallelDraft(ABC):
         self.depth += 1
         return self._behind(tokens_BM, above_BM)
 
-    def shortlist(self, count: int, scale: float) -> Shortlist | None:
+    def shortlist(self, count: int, scale: float, noise: SharedNoise | None) -> Shortlist | None:
         """See :class:`ShortlistExpander`. Where nodes add something, narrow drafts score the whole vocabulary, which leaves nothing out."""
         if self._corrected and count <= NARROW and self._num_drafted is None:
             return None
@@ -88,6 +89,7 @@ class ParallelDraft(ABC):
             max(2 * count, FEWEST) if self._corrected else count,
             scale,
             self._num_drafted,
+            None if noise is None else lambda logits: noise.onto(logits, 0, every_target_id(self, logits), each=True),
         )
         self._draft_BKC = shortlist.draft_BSC
         self.depth = -1

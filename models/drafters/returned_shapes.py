@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from draftsmith.models.tree.noise import SharedNoise
 from draftsmith.models.tree.search import ConfidentExpander, Expander
 from draftsmith.models.tree.shortlist import Shortlist, ShortlistExpander
 
@@ -127,9 +128,10 @@ class CheckedDraft:
         """See :class:`Expander`."""
         return self._logits("extend", "[B, M, Vd]", self._draft.extend(tokens_BM, above_BM), tokens_BM.shape[1])
 
-    def shortlist(self, count: int, scale: float) -> Shortlist | None:
+    def shortlist(self, count: int, scale: float, noise: SharedNoise | None) -> Shortlist | None:
         """See :class:`ShortlistExpander`."""
-        shortlist = self._draft.shortlist(count, scale) if isinstance(self._draft, ShortlistExpander) else None
+        knows = isinstance(self._draft, ShortlistExpander)
+        shortlist = self._draft.shortlist(count, scale, noise) if knows else None
         if shortlist is not None:
             name, what = f"{self._name}.shortlist", "[B, S, C], with a C of at least what was asked for, or Vd"
             self._num_candidates = shortlist.draft_BSC.shape[-1]

@@ -104,6 +104,8 @@ class DraftLimits:
         early_stop: do not continue nodes of high entropy.
         merge: of a dynamic tree: nodes with as many last tokens in common share their continuations
             (:mod:`draftsmith.models.tree.merging`).
+        likeliest: draft the likeliest tokens at every temperature. Otherwise, above 0, drafts are guesses of what the target will draw
+            (:class:`~draftsmith.models.tree.noise.SharedNoise`).
 
     Raises:
         ValueError: a number is out of range, or two manners exclude each other. Also for a sampled tree that would be pruned by score:
@@ -118,6 +120,7 @@ class DraftLimits:
     sampled: SampledChildren | None = None
     early_stop: EarlyStop | None = None
     merge: int | None = None
+    likeliest: bool = False
 
     def __post_init__(self) -> None:
         for name in ("beam_width", "draft_length"):
@@ -133,6 +136,10 @@ class DraftLimits:
             raise ValueError(
                 "a sampled tree cannot be pruned by score (node_budget, min_probability): rejection is exact only for candidates that "
                 "were drawn and all shown to it; leave the pruning out, or use beams or a dynamic tree"
+            )
+        if self.sampled is not None and self.likeliest:
+            raise ValueError(
+                "a sampled tree draws its tokens (sampled) and cannot hold the likeliest ones; leave one of them out"
             )
         if self.beam_width != 1 and (self.paths is not None or self.sampled is not None):
             raise ValueError(

@@ -1,18 +1,19 @@
 """Random numbers that belong to places: made where they are needed, the same on every device, with no table and no state.
 
-Owns the hash (SplitMix64: Steele, Lea and Flood, OOPSLA 2014), the keys of requests and positions, uniforms and draws. Knows neither
-what is drawn nor who draws it.
+Owns the hash (SplitMix64: Steele, Lea and Flood, OOPSLA 2014), the keys of requests and positions, uniforms, draws, and the noise that a
+drafter guesses with. Knows neither what is drawn nor who draws it.
 
 A key is one int64 that holds 64 hashed bits. A request's key comes from its seed, its number and the stream. A position's key comes from
 the request's, and a token's from the position's. All of this is integer arithmetic that wraps around, so a CPU and a GPU agree on every
 bit. Two positions share numbers only if their keys lie within V increments of each other: a chance of V / 2^63 for each pair.
 
-Shape legend: B requests, P places, N nodes, V vocabulary, K draws.
+Shape legend: B requests, P places, N nodes, M nodes of a layer or slots, V vocabulary, Vd draft vocabulary, K draws.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -37,6 +38,8 @@ _FIRST_FACTOR = _signed(0xBF58476D1CE4E5B9)
 _SECOND_FACTOR = _signed(0x94D049BB133111EB)
 # A hash's leading 52 bits plus a half are exact in float64, and never 0 or 2^52.
 _DROPPED_BITS, _SPACING = 12, 2.0**-52
+NOISE_SHARE = 0.8
+"""How much of the target's noise a drafter adds to its own logits. All of it would be best for a drafter that knows the target's logits."""
 # Entries of the float64 tensors that a draw over many rows and nodes makes at once.
 _PART = 2**23
 
@@ -181,6 +184,48 @@ def draw_at(logits_BNV: Tensor, keys_BP: Tensor, place_BN: Tensor) -> Tensor:
     return torch.cat([_draw_rows(*part) for part in parts])
 
 
+@dataclass(frozen=True)
+class SharedNoise:
+    """The numbers by which the target will draw its next tokens, lent to a drafter, so that it guesses what will be drawn.
+
+    Both then draw the same token wherever their distributions agree (arXiv:2408.07978, section 4; with several candidates,
+    arXiv:2506.05632). The target draws by its own logits and these numbers alone. So a draft changes no token, whatever it holds.
+
+    Attributes:
+        keys_B: int64, of the requests' output positions.
+        first_B: int64, the place below the key of the token that follows the root.
+        temperature: of the requests, above 0.
+        processed: draft logits [..., Vd] -> the same after the requests' processors, divided by the temperature.
+    """
+
+    keys_B: Tensor
+    first_B: Tensor
+    temperature: float
+    processed: Callable[[Tensor], Tensor]
+
+    def onto(self, logits_BMV: Tensor, depth: int, ids_V: Tensor, each: bool = False) -> Tensor:
+        """Add the noise to draft logits.
+
+        Args:
+            logits_BMV: float [B, M, Vd], behind nodes.
+            depth: of the nodes; 0 is the root. All M have it.
+            ids_V: int64 [Vd], the target id of each draft id.
+            each: the m-th of the M has the depth ``depth + m`` instead.
+
+        Returns:
+            float32 [B, M, Vd], in the unit of the logits: at a temperature close to 0 they are the same.
+        """
+        count = logits_BMV.shape[1] if each else 1
+        keys_BP = keys_behind(self.keys_B, self.first_B + depth, count)
+        at_once = max(1, _PART // (len(keys_BP) * len(ids_V)))
+        noise_BPV = torch.cat([_gumbel(part, ids_V) for part in keys_BP.split(at_once, dim=1)], dim=1)
+        return (self.processed(logits_BMV.float()) + NOISE_SHARE * noise_BPV) * self.temperature
+
+    def select_rows(self, rows_B: Tensor) -> SharedNoise:
+        """The noise of some rows only; ``rows_B`` int64."""
+        return replace(self, keys_B=self.keys_B[rows_B], first_B=self.first_B[rows_B])
+
+
 def _draw_rows(logits_BNV: Tensor, keys_BP: Tensor, place_BN: Tensor) -> Tensor:
     """:func:`draw_at` for so few rows that the waiting times of all their places fit in memory."""
     B, N, V = logits_BNV.shape
@@ -211,6 +256,11 @@ def exponentials(keys: Tensor, vocab_size: int) -> Tensor:
 def _negative_times(keys: Tensor, vocab_size: int) -> Tensor:
     """:func:`exponentials` below 0, which saves draws an operation."""
     return _multiples(keys_below(keys, vocab_size), -_SPACING).log1p_()
+
+
+def _gumbel(keys: Tensor, ids_V: Tensor) -> Tensor:
+    """The Gumbel noise of some tokens under keys, float32 [..., Vd]: the logarithms of their waiting times below 0."""
+    return _multiples(keys_at(keys[..., None], ids_V), -_SPACING).log1p_().neg_().log_().neg_().float()
 
 
 def _first_to_ring(weights: Tensor, negative_times: Tensor) -> Tensor:

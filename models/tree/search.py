@@ -22,7 +22,7 @@ from torch import Tensor
 from draftsmith.models.slots.constants import counting, made_once, repeated
 from draftsmith.models.tree.limits import DraftLimits, EarlyStop
 from draftsmith.models.tree.merging import Links, merged
-from draftsmith.models.tree.noise import Draw, draw
+from draftsmith.models.tree.noise import Draw, SharedNoise, draw
 from draftsmith.models.tree.shortlist import Continuations, continuations
 from draftsmith.models.tree.tree import (
     DraftTree,
@@ -115,6 +115,7 @@ def search(
     limits: DraftLimits,
     score_scale: float = 1.0,
     cut: bool | None = None,
+    noise: SharedNoise | None = None,
 ) -> DraftTree:
     """Draft in the manner that ``limits`` ask for.
 
@@ -124,6 +125,7 @@ def search(
         limits: the manner and its numbers.
         score_scale: draft logits are multiplied by it before paths are compared (an inverse temperature).
         cut: whether shapes follow what was drafted; see :func:`~draftsmith.models.tree.tree.pack`.
+        noise: by which the target will draw; None drafts the likeliest tokens.
 
     Returns:
         The tree, pruned to the limits.
@@ -132,7 +134,7 @@ def search(
         ValueError: more continuations are asked for than the draft vocabulary has tokens.
     """
     cut = cuts_padding(expander.root_B.device, cut)
-    scorer = _Scorer(limits.early_stop, stop_below_B, score_scale, cut, expander)
+    scorer = _Scorer(limits.early_stop, stop_below_B, score_scale, cut, expander, noise)
     if limits.paths is not None:
         tree = static_tree(expander, limits.paths, scorer)
     elif limits.node_budget is not None:
@@ -161,6 +163,7 @@ class _Scorer:
         scale: draft logits are multiplied by it first.
         cut: whether shapes follow what was drafted.
         expander: continues the nodes.
+        noise: by which the target will draw, or None.
     """
 
     stop: EarlyStop | None
@@ -168,10 +171,11 @@ class _Scorer:
     scale: float
     cut: bool
     expander: Expander
+    noise: SharedNoise | None
 
     def begin(self, count: int) -> Continuations:
         """Begin the draft, of which up to ``count`` continuations of a node will be asked for."""
-        return continuations(self.expander, count, self.scale)
+        return continuations(self.expander, count, self.scale, self.noise)
 
     def best(self, score_BM: Tensor | None, behind: Continuations, count: int, depth: int) -> tuple[Tensor, Tensor]:
         """Find the ``count`` likeliest continuations of nodes at a depth. The root (depth 0) is always continued.

@@ -27,6 +27,7 @@ _SHAPE = re.compile(
            | tree: (?P<file>.+\.json)
            | paths: (?P<leaves>\d[\d.+]*)
            | (?P<kind>[tskb]) (?P<children>\d+(?:\.\d+)*) )
+        (?P<likeliest> l )?
         (?: p (?P<floor>{_NUMBER}) )?
         (?: e (?P<threshold>{_NUMBER}) (?P<controls>(?:[gasrm]{_NUMBER})*) )?""",
     re.VERBOSE,
@@ -37,7 +38,7 @@ _RULES: dict[str, Rule] = {"s": "mcsd", "k": "kseq", "b": "block"}
 _EXPLAINED = (
     "it is not WIDTHxLENGTH, such as 1x4 or 10x4 (LENGTH counts drafted tokens, the root excluded), WIDTHxLENGTHnNODES for a dynamic "
     "tree (then m2 to merge branches), tree:FILE.json, t3.2.1 for a static tree, or s1.1.1, b1.1.1 and k4.2.1 for sampled ones; then "
-    "p0.1 for a least probability, e0.5 to stop early"
+    "l for the likeliest tokens at every temperature, p0.1 for a least probability, e0.5 to stop early"
 )
 
 
@@ -54,6 +55,7 @@ def parse_shape(text: str) -> DraftLimits:
     ``s1.1.1.1``            a sampled chain; ``s4.2.1`` a sampled tree without replacement (MCSD)
     ``k4.2.1``              a sampled tree with replacement (SpecTr's K-SEQ)
     ``b1.1.1.1``            a sampled chain, verified as one block
+    ``...l``                behind those that are not sampled: draft the likeliest tokens at every temperature
     ``...p0.1``             behind any of them: verify no node whose cumulative draft probability is below 0.1
     ``...e0.5``             behind any of them: stop early (AdaEDL) from this threshold on; then, where they differ from the defaults of
                             :class:`EarlyStop`, ``g`` scale, ``a`` goal, ``s`` step, ``r`` rate memory, ``m`` threshold memory
@@ -84,6 +86,8 @@ def parse_shape(text: str) -> DraftLimits:
         chosen = {"paths": full_tree(_numbers(parts["children"]))}
     else:
         chosen = {"sampled": SampledChildren(_numbers(parts["children"]), _RULES[parts["kind"]])}
+    if parts["likeliest"]:
+        chosen["likeliest"] = True
     if parts["floor"]:
         chosen["min_probability"] = float(parts["floor"])
     if parts["threshold"]:
@@ -109,6 +113,7 @@ def shape_text(limits: DraftLimits) -> str:
         budget = "" if limits.node_budget is None else f"n{limits.node_budget}"
         budget += "" if limits.merge is None else f"m{limits.merge}"
         text = f"{limits.beam_width}x{limits.draft_length}{budget}"
+    text += "l" * limits.likeliest
     if limits.min_probability:
         text += f"p{_decimal(limits.min_probability)}"
     if limits.early_stop is not None:

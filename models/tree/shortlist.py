@@ -13,11 +13,15 @@ Shape legend: B batch rows, S slots of a draft (depths), M nodes of a layer, C c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from draftsmith.models.slots.constants import counting
+from draftsmith.models.tree.noise import SharedNoise
 
 if TYPE_CHECKING:
     from draftsmith.models.tree.search import Expander
@@ -44,12 +48,13 @@ class Shortlist:
 class ShortlistExpander(Protocol):
     """An expander that may know all slots of its draft at once."""
 
-    def shortlist(self, count: int, scale: float) -> Shortlist | None:
+    def shortlist(self, count: int, scale: float, noise: SharedNoise | None) -> Shortlist | None:
         """Begin the draft, in place of ``begin``.
 
         Args:
             count: R, so many continuations of a node will be asked for.
             scale: draft logits are multiplied by it.
+            noise: is added to them before that, with each slot's own depth; or None.
 
         Returns:
             At least ``count`` candidates of each slot, or the whole draft vocabulary where that is smaller. None where this expander
@@ -70,7 +75,13 @@ class ShortlistExpander(Protocol):
         ...
 
 
-def shortlist_of(logits_BSV: Tensor, count: int, scale: float, num_drafted: int | None = None) -> Shortlist:
+def shortlist_of(
+    logits_BSV: Tensor,
+    count: int,
+    scale: float,
+    num_drafted: int | None = None,
+    noise: Callable[[Tensor], Tensor] | None = None,
+) -> Shortlist:
     """Make the shortlist of some slots.
 
     Args:
@@ -78,6 +89,7 @@ def shortlist_of(logits_BSV: Tensor, count: int, scale: float, num_drafted: int 
         count: C.
         scale: multiplies the logits.
         num_drafted: only so many tokens of a slot, the likeliest, are ever drafted; None for all.
+        noise: adds the noise of each slot to the logits.
 
     Returns:
         The shortlist, of at most Vd candidates a slot.
@@ -86,7 +98,9 @@ def shortlist_of(logits_BSV: Tensor, count: int, scale: float, num_drafted: int 
         logits_BSV = likeliest_alone(logits_BSV, num_drafted)
     log_probs_BSV = logits_BSV.float().log_softmax(-1)
     entropy_BS = torch.special.entr(log_probs_BSV.exp()).sum(-1)
-    if scale != 1.0:
+    if noise is not None:
+        logits_BSV = noise(logits_BSV)
+    if noise is not None or scale != 1.0:
         log_probs_BSV = (logits_BSV.float() * scale).log_softmax(-1)
     log_probs_BSC, draft_BSC = log_probs_BSV.topk(min(count, logits_BSV.shape[-1]), dim=-1)
     # Rounding leaves a share of about 1e-7 where the candidates have all of the mass.
@@ -110,15 +124,16 @@ class WholeVocabulary:
     Args:
         expander: continues the nodes.
         scale: draft logits are multiplied by it.
+        noise: is added to them before that, or None.
     """
 
-    def __init__(self, expander: Expander, scale: float) -> None:
-        self._expander, self._scale = expander, scale
-        self._logits_BMV = expander.begin()
+    def __init__(self, expander: Expander, scale: float, noise: SharedNoise | None) -> None:
+        self._expander, self._scale, self._noise = expander, scale, noise
+        self._logits_BMV, self._depth = expander.begin(), 0
 
     def extend(self, tokens_BM: Tensor, above_BM: Tensor) -> None:
         """Move to new nodes; see ``Expander.extend``."""
-        self._logits_BMV = self._expander.extend(tokens_BM, above_BM)
+        self._logits_BMV, self._depth = self._expander.extend(tokens_BM, above_BM), self._depth + 1
 
     def entropy(self) -> Tensor:
         """Of what follows each node, at temperature 1: float32 [B, M]."""
@@ -138,6 +153,8 @@ class WholeVocabulary:
         """
         _check_count(count, self._logits_BMV.shape[-1])
         logits_BMV = self._logits_BMV.float()
+        if self._noise is not None:
+            logits_BMV = self._noise.onto(logits_BMV, self._depth, every_target_id(self._expander, logits_BMV))
         scaled_BMV = logits_BMV if self._scale == 1.0 else logits_BMV * self._scale
         best: tuple[Tensor, Tensor] = scaled_BMV.log_softmax(-1).topk(count, dim=-1)
         return best
@@ -188,20 +205,31 @@ class Shortlisted:
 Continuations = WholeVocabulary | Shortlisted
 
 
-def continuations(expander: Expander, count: int, scale: float) -> Continuations:
+def every_target_id(expander: Expander, logits: Tensor) -> Tensor:
+    """The target id of each token of the draft vocabulary, int64 [Vd].
+
+    Args:
+        expander: knows them.
+        logits: float [..., Vd].
+    """
+    return expander.target_ids(counting(logits.shape[-1], logits.device))
+
+
+def continuations(expander: Expander, count: int, scale: float, noise: SharedNoise | None = None) -> Continuations:
     """Begin a draft, over shortlists where the expander has them.
 
     Args:
         expander: continues nodes.
         count: so many continuations of a node will be asked for.
         scale: draft logits are multiplied by it.
+        noise: is added to them before that, or None.
 
     Returns:
         The continuations of the root.
     """
-    shortlist = expander.shortlist(count, scale) if isinstance(expander, ShortlistExpander) else None
+    shortlist = expander.shortlist(count, scale, noise) if isinstance(expander, ShortlistExpander) else None
     if shortlist is None:
-        return WholeVocabulary(expander, scale)
+        return WholeVocabulary(expander, scale, noise)
     assert isinstance(expander, ShortlistExpander)
     return Shortlisted(expander, shortlist, scale, expander.root_B)
 

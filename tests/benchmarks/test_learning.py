@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +13,8 @@ from heads import shaken
 from tuning import SAMPLES
 
 from benchmarks.drafters.recipes import Trained
-from benchmarks.learning import curve
-from benchmarks.learning.replay import acceptance, record_cached
+from benchmarks.learning import curve, rule_bounds
+from benchmarks.learning.replay import Drawn, acceptance, drafts_of, record_cached
 from draftsmith.data.cache.extract import extract
 from draftsmith.data.shards.shards import CachedSample
 from draftsmith.decode import Engine, GenerationSettings
@@ -66,17 +66,42 @@ def test_a_cache_of_greedy_replies_tells_what_real_decoding_accepts(model: Targe
     assert acceptance(replayed, LIMITS).positions == sum(len(reply.token_ids) - 1 for reply in real)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@torch.inference_mode()
+def test_the_bounds_of_rules_are_those_of_the_first_drafted_token(model: Target) -> None:
+    samples = cached(model, {1: 5}, GenerationSettings(max_new_tokens=16, temperature=0.7, seed=3))
+    drafter = drafter_of(model, "redrafter").bound(model.ends)
+    found = rule_bounds.chances(drafter, model.ends, samples, 0.7, batch_size=2)
+    for number, (prompt, reply, trees) in enumerate(drafts_of(drafter, samples, DraftLimits(3, 1))):
+        p_PV = (model.ends.logits(model.ends.final_norm(samples[number].hidden[PRE_NORM])) / 0.7).softmax(-1)
+        drafted = [tree.tokens[tree.parents == 0].tolist() for tree in trees[3]]
+        accepted = sum(float(p_PV[len(prompt) + place, tokens].sum()) for place, tokens in enumerate(drafted))
+        assert found["walk", 3].emitted[number] == pytest.approx(accepted, rel=1e-4)
+        assert found["walk", 3].cycles[number] == len(reply) - 1
+
+
+def test_no_rule_accepts_more_of_drawn_candidates_than_the_bound() -> None:
+    p_PV, q_PV = torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([[0.2, 0.5, 0.3]])
+    assert float(rule_bounds.drawn_chance(p_PV, q_PV, 1)) == pytest.approx(0.7)  # the chain rule's own acceptance
+    assert float(rule_bounds.drawn_chance(p_PV, p_PV, 1)) == pytest.approx(1.0)
+    assert float(rule_bounds.drawn_chance(p_PV, q_PV, 2)) == pytest.approx(
+        0.36 + 0.3 + 0.2
+    )  # 1 - 0.8 ** 2, and both others whole
+    assert float(rule_bounds.walk_chance(p_PV, q_PV, 2)) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("temperature", "likeliest"), [(0.0, False), (1.0, False), (1.0, True)])
 @pytest.mark.parametrize("kind", ["redrafter", "union"])
 @torch.inference_mode()
-def test_replies_take_the_cycles_of_the_engine(model: Target, kind: str, temperature: float) -> None:
+def test_replies_take_the_cycles_of_the_engine(model: Target, kind: str, temperature: float, likeliest: bool) -> None:
+    limits = replace(LIMITS, likeliest=likeliest)
     request = GenerationSettings(max_new_tokens=16, temperature=temperature, seed=3)
     drafter = drafter_of(model, kind)
-    replayed = record_cached(drafter.bound(model.ends), cached(model, {}, request), LIMITS)
-    real = Engine(model, drafter, LIMITS).generate([list(sample.prompt_ids) for sample in SAMPLES], request)
+    drawn = None if temperature == 0.0 else Drawn(request, range(len(SAMPLES)))
+    replayed = record_cached(drafter.bound(model.ends), cached(model, {}, request), limits, batch_size=3, drawn=drawn)
+    real = Engine(model, drafter, limits).generate([list(sample.prompt_ids) for sample in SAMPLES], request)
     for ours, engines in zip(replayed, real, strict=True):
         assert ours.token_ids == tuple(engines.token_ids)
-        assert replay(ours, LIMITS).accepted == tuple(engines.accepted)
+        assert replay(ours, limits).accepted == tuple(engines.accepted)
 
 
 @torch.inference_mode()

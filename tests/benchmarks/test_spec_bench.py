@@ -86,7 +86,9 @@ def test_trees_of_one_depth_share_their_drafts_and_count_as_each_does_alone(
     words = ["--target", str(target_dir), "--set", "0", str(replies), str(tmp_path / "cache")]
     recordings = []
     record = spec_bench.record_cached
-    monkeypatch.setattr(spec_bench, "record_cached", lambda *given: recordings.append(given) or record(*given))
+    monkeypatch.setattr(
+        spec_bench, "record_cached", lambda *given, **named: recordings.append(given) or record(*given, **named)
+    )
 
     def cells(shapes: str) -> list[list[str]]:
         main([*words, "--drafters", f"head={tmp_path / 'drafter'}@{shapes}", "--report", str(tmp_path / "page.md")])

@@ -28,6 +28,7 @@ EAGLE_LIKE = ((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 0, 2), (0
         ("45x5", DraftLimits(45, 5)),
         ("10x6n60", DraftLimits(10, 6, 60)),
         ("10x6n60m2", DraftLimits(10, 6, 60, merge=2)),
+        ("10x6n60lp0.1", DraftLimits(10, 6, 60, 0.1, likeliest=True)),
         ("4x5n12m1p0.01e0.3", DraftLimits(4, 5, 12, 0.01, early_stop=EarlyStop(0.3), merge=1)),
         ("1x8p0.1", DraftLimits(1, 8, None, 0.1)),
         ("3x6n9p0.05", DraftLimits(3, 6, 9, 0.05)),

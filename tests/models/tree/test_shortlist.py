@@ -20,6 +20,7 @@ from draftsmith.models.drafters.draft_records import Cycle, Emitted, Opening
 from draftsmith.models.families.block import BlockDrafter
 from draftsmith.models.families.eagle3 import Eagle3
 from draftsmith.models.families.heads import HeadsDrafter
+from draftsmith.models.tree.noise import SharedNoise
 from draftsmith.models.tree.search import search
 from draftsmith.models.tree.shortlist import Shortlist, shortlist_of
 
@@ -47,7 +48,7 @@ class FixedSlots:
 class ShortSlots(FixedSlots):
     """The same, which knows its slots."""
 
-    def shortlist(self, count: int, scale: float) -> Shortlist | None:
+    def shortlist(self, count: int, scale: float, noise: SharedNoise | None) -> Shortlist | None:
         return shortlist_of(self._logits_KV[None], count, scale)
 
     def rescore(self, tokens_BM: Tensor, above_BM: Tensor) -> Tensor | None:
