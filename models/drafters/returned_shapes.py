@@ -130,8 +130,8 @@ class CheckedDraft:
 
     def shortlist(self, count: int, scale: float, noise: SharedNoise | None) -> Shortlist | None:
         """See :class:`ShortlistExpander`."""
-        knows = isinstance(self._draft, ShortlistExpander)
-        shortlist = self._draft.shortlist(count, scale, noise) if knows else None
+        draft = self._draft
+        shortlist = draft.shortlist(count, scale, noise) if isinstance(draft, ShortlistExpander) else None
         if shortlist is not None:
             name, what = f"{self._name}.shortlist", "[B, S, C], with a C of at least what was asked for, or Vd"
             self._num_candidates = shortlist.draft_BSC.shape[-1]
