@@ -255,6 +255,11 @@ class Eagle3(EagleBase):
         return rms_norm(self.norm, output) if self.config.norm_output else output
 
     @property
+    def reads_drafted(self) -> bool:
+        """See :attr:`Drafter.reads_drafted`: not with ``parallel``."""
+        return not self.config.parallel
+
+    @property
     def skips_steps(self) -> bool:
         """See :attr:`Drafter.skips_steps`: with ``parallel``."""
         return self.config.parallel

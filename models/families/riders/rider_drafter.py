@@ -178,6 +178,11 @@ class RiderDrafter(TargetHead, FromFields):
         return self._at(opening.prompt)
 
     @property
+    def reads_drafted(self) -> bool:
+        """See :attr:`Drafter.reads_drafted`: a rider stands for a token that is not known."""
+        return False
+
+    @property
     def reads_last_only(self) -> bool:
         """See :attr:`Drafter.reads_last_only`."""
         return True

@@ -1,10 +1,11 @@
 """What every family promises: training and decoding agree, tokens stay the target's, and folders are read back whole or not at all."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from every_family import EVERY_FAMILY, LENGTH, assert_equal_logits, batch_of, fresh, name_of
+from every_family import EVERY_FAMILY, LENGTH, OUR_FAMILIES, assert_equal_logits, batch_of, fresh, name_of
 from heads import deep_target
 from safetensors.torch import load_file, save_file
 
@@ -13,7 +14,7 @@ from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.evaluate.doctor.serving import served_logits, trained_logits
 from draftsmith.evaluate.doctor.tree_serving import tree_and_chain_logits
 from draftsmith.export.layouts.layouts import layouts_of, load_any, write
-from draftsmith.models import DraftLimits, Family, Target, TargetEnds
+from draftsmith.models import Drafter, DraftLimits, Eagle3, Family, Target, TargetEnds, data_rollout
 from draftsmith.models.drafters.drafter_folder import load_drafter
 from draftsmith.models.drafters.registry import default_limits, recorded_settings
 from draftsmith.models.lora.lora_adapter import LoraSettings, add_adapter
@@ -46,6 +47,20 @@ def test_a_tree_has_the_logits_of_its_chains(family: Family, target: Target) -> 
     in_tree, in_chain = tree_and_chain_logits(drafter, batch_of(target, drafter), 7)
     assert len(in_tree) > STEPS, "it has branches"
     assert_equal_logits(in_tree, in_chain)
+
+
+@pytest.mark.parametrize("family", [*OUR_FAMILIES, "p-eagle"], ids=lambda each: getattr(each, "name", each))
+@torch.no_grad()
+def test_a_drafter_says_whether_its_steps_read_what_was_drafted(family: Family | str, target: Target) -> None:
+    if isinstance(family, str):
+        drafter: Drafter = Eagle3.for_target(target.ends, num_draft_steps=STEPS, mask_token_id=63).eval()
+    else:
+        drafter = fresh(family, target.ends)
+    batch = batch_of(target, drafter)
+    rollout = data_rollout(batch, STEPS)
+    other_tokens = torch.cat([rollout.tokens[:, :1], (rollout.tokens[:, 1:] + 1) % 64], dim=1)
+    own, other = (drafter.teacher_forced(batch, each) for each in (rollout, replace(rollout, tokens=other_tokens)))
+    assert torch.equal(own, other) == (not drafter.reads_drafted)
 
 
 @every_family
