@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from draftsmith.models.slots.constants import counting
 from draftsmith.models.tree.tree import DraftTree
@@ -47,14 +48,18 @@ class Links:
         ends_BXA = self._ends_of(
             tokens_BMR.flatten(1), counting(M, tokens_BMR.device).repeat_interleave(R).expand(B, -1)
         )
-        scores_BX = scores_BMR.flatten(1)
-        known_BX = (ends_BXA[:, :, None] == self._continued_BXA[:, None]).all(-1).any(-1)
-        same_BXX = (ends_BXA[:, :, None] == ends_BXA[:, None]).all(-1)
-        place_X = counting(M * R, tokens_BMR.device)
-        is_tie_BXX = (scores_BX[:, None] == scores_BX[..., None]) & (place_X < place_X[:, None])
-        better_BXX = (scores_BX[:, None] > scores_BX[..., None]) | is_tie_BXX
-        linked_BX = known_BX | (same_BXX & better_BXX).any(-1)
-        return scores_BX.masked_fill(linked_BX, -torch.inf).view(B, M, R)
+        scores_BX, num_continued = scores_BMR.flatten(1), self._continued_BXA.shape[1]
+        # Sorted, those with one end lie together, and the first of them is none that is linked: nothing here grows with X * X.
+        ends_BYA = torch.cat([self._continued_BXA, ends_BXA], dim=1)
+        order_BY = (
+            F.pad(scores_BX, (num_continued, 0), value=torch.inf).sort(dim=1, descending=True, stable=True).indices
+        )
+        for token_BY in ends_BYA.unbind(-1):
+            order_BY = order_BY.gather(1, token_BY.gather(1, order_BY).sort(dim=1, stable=True).indices)
+        sorted_BYA = ends_BYA.gather(1, order_BY[..., None].expand(-1, -1, ends_BYA.shape[-1]))
+        follows_BY = F.pad((sorted_BYA[:, 1:] == sorted_BYA[:, :-1]).all(-1), (1, 0))
+        linked_BY = torch.zeros_like(follows_BY).scatter(1, order_BY, follows_BY)
+        return scores_BX.masked_fill(linked_BY[:, num_continued:], -torch.inf).view(B, M, R)
 
     def take(self, tokens_BM: Tensor, above_BM: Tensor) -> None:
         """Note which nodes are continued.

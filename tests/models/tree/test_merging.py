@@ -13,11 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from table_expander import TableExpander, found, noise_table
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from draftsmith.decode import Engine, GenerationSettings
 from draftsmith.decode.runners import CompiledRunner
 from draftsmith.models import DraftLimits, Target
-from draftsmith.models.tree.merging import merged
+from draftsmith.models.tree.merging import Links, merged
 from draftsmith.models.tree.search import search
 from draftsmith.models.tree.shapes import parse_shape
 from draftsmith.models.tree.tree import prune_marked, tree_from_paths
@@ -110,6 +112,50 @@ def test_a_linked_node_leaves_its_place_in_the_search_to_another() -> None:
 
     assert continued(None) == {(1, 3), (2, 3)}
     assert continued(1) == {(1, 3), (1, 4)}
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), agreeing=st.integers(1, 3), width=st.integers(1, 4))
+def test_the_links_of_a_layer_are_the_rule_written_out(data: st.DataObject, agreeing: int, width: int) -> None:
+    links, continued = Links(torch.tensor([ROOT]), agreeing), [(-1,) * (agreeing - 1) + (ROOT,)]
+    above = continued
+    for _ in range(3):
+        nodes = [(row, place) for row in range(len(above)) for place in range(width)]
+        tokens = [data.draw(st.permutations(range(width + 1)))[:width] for _ in above]
+        scores = data.draw(st.lists(st.integers(-4, 0), min_size=len(nodes), max_size=len(nodes)))
+        shape = (1, len(above), width)
+        left = links.unlinked(torch.tensor([tokens]), torch.tensor(scores).float().view(shape)) > -torch.inf
+        ends = {(row, place): (*above[row], tokens[row][place])[1:] for row, place in nodes}
+        kept: list[tuple[int, int]] = []
+        for _, node in sorted(zip(scores, nodes, strict=True), key=lambda each: (-each[0], each[1])):
+            if ends[node] not in [*continued, *(ends[other] for other in kept)]:
+                kept.append(node)
+        assert {(row, place) for _, row, place in left.nonzero().tolist()} == set(kept)
+        best = kept[:2] or nodes[:1]
+        links.take(
+            torch.tensor([[tokens[row][place] for row, place in best]]), torch.tensor([[row for row, _ in best]])
+        )
+        above = [ends[node] for node in best]
+        continued = continued + above
+
+
+def test_linking_a_wide_layer_makes_nothing_of_pairs_of_its_nodes() -> None:
+    num_nodes, most = 64, 0
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal most
+            out = func(*args, **(kwargs or {}))
+            most = max([most, *(each.numel() for each in tree_leaves(out) if isinstance(each, Tensor))])
+            return out
+
+    generator = torch.Generator().manual_seed(0)
+    links = Links(torch.tensor([ROOT]), 2)
+    tokens = torch.randint(0, 9, (1, num_nodes, num_nodes), generator=generator)
+    links.take(tokens[:, 0], torch.zeros(1, num_nodes, dtype=torch.int64))
+    with Largest():
+        links.unlinked(tokens, -torch.rand(1, num_nodes, num_nodes, generator=generator))
+    assert most <= 4 * num_nodes**2
 
 
 @settings(max_examples=20, deadline=None)
