@@ -11,6 +11,7 @@ V target vocabulary, Vd draft vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -23,6 +24,7 @@ from draftsmith.models.composed.suffix_drafter import SuffixDrafter
 from draftsmith.models.drafters.draft_lm import LMDrafter
 from draftsmith.models.drafters.draft_records import Cycle, DraftState, Emitted, Opening
 from draftsmith.models.drafters.drafter import Drafter
+from draftsmith.models.drafters.parallel_draft import NARROW
 from draftsmith.models.files.field_rules import COUNT, COUNT_OR_ZERO, NOT_NEGATIVE, TEXT, Rule
 from draftsmith.models.ngrams.lattice import best_paths
 from draftsmith.models.ngrams.table import load_ngrams
@@ -30,7 +32,7 @@ from draftsmith.models.target.target import TargetEnds
 from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.noise import SharedNoise
 from draftsmith.models.tree.search import ConfidentExpander, Expander
-from draftsmith.models.tree.shortlist import every_target_id
+from draftsmith.models.tree.shortlist import Shortlist, ShortlistExpander, every_target_id
 from draftsmith.models.tree.tree import DraftTree, prune, tree_from_paths
 
 _MOST_STATES = 4096
@@ -290,6 +292,8 @@ class RefinedDraft:
 
     def __init__(self, head: Expander, opinion: Opinion, alpha: float, num_candidates: int) -> None:
         self._head, self._opinion, self._alpha, self._count = head, opinion, alpha, num_candidates
+        self._shortlist: Shortlist | None = None
+        self._slot = 0
 
     @property
     def root_B(self) -> Tensor:
@@ -313,6 +317,44 @@ class RefinedDraft:
     def acceptance(self) -> Tensor | None:
         """See :class:`ConfidentExpander`: the head's own chances. They depend on nothing behind a node, so drafts may end by them."""
         return self._head.acceptance() if isinstance(self._head, ConfidentExpander) else None
+
+    def shortlist(self, count: int, scale: float, noise: SharedNoise | None) -> Shortlist | None:
+        """See :class:`ShortlistExpander`: where the head has one, in drafts so wide that the whole vocabulary costs more.
+
+        With noise there is none: it is added to the scores after the second opinion, and so never chooses the candidates.
+        """
+        if noise is not None or count <= NARROW or not isinstance(self._head, ShortlistExpander):
+            return None
+        self._shortlist = self._head.shortlist(max(count, self._count), 1.0, None)
+        if self._shortlist is None:
+            return None
+        log_probs_BSC = self._shortlist.log_probs_BSC
+        kept_BSC = log_probs_BSC[..., : self._count].log_softmax(-1)
+        return replace(
+            self._shortlist,
+            log_probs_BSC=log_probs_BSC * scale,
+            tail_BS=torch.full_like(self._shortlist.tail_BS, -torch.inf),
+            entropy_BS=torch.special.entr(kept_BSC.exp()).sum(-1),
+        )
+
+    def rescore(self, tokens_BM: Tensor, above_BM: Tensor) -> Tensor:
+        """See :class:`ShortlistExpander`: minus infinity for all but the head's likeliest candidates behind each node."""
+        assert self._shortlist is not None
+        assert isinstance(self._head, ShortlistExpander)
+        if self._slot == 0:
+            self._opinion.begin()
+        else:
+            self._opinion.extend(tokens_BM, above_BM)
+        shape = (-1, tokens_BM.shape[1], -1)
+        score_BMC = self._shortlist.log_probs_BSC[:, self._slot, None].expand(shape)
+        draft_BMC = self._shortlist.draft_BSC[:, self._slot, None].expand(shape)
+        self._slot += 1
+        added_BMC = self._head.rescore(tokens_BM, above_BM)
+        added_BMC = torch.zeros_like(score_BMC) if added_BMC is None else added_BMC.float()
+        kept_BMC = (score_BMC + added_BMC).topk(min(self._count, score_BMC.shape[-1]), dim=-1).indices
+        opinion_BMC = self._opinion.log_probs(self._head.target_ids(draft_BMC.gather(-1, kept_BMC)))
+        shifted_BMC = added_BMC.gather(-1, kept_BMC) + self._alpha * opinion_BMC
+        return torch.full_like(added_BMC, -torch.inf).scatter(-1, kept_BMC, shifted_BMC)
 
     def _rescored(self, logits_BMV: Tensor) -> Tensor:
         count = min(self._count, logits_BMV.shape[-1])

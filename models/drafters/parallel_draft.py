@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from draftsmith.models.tree.noise import SharedNoise
-from draftsmith.models.tree.shortlist import Shortlist, every_target_id, likeliest_alone, shortlist_of
+from draftsmith.models.tree.shortlist import Shortlist, every_target_id, shortlist_of
 
 if TYPE_CHECKING:
     from draftsmith.models.drafters.drafter import Drafter
@@ -72,7 +72,9 @@ class ParallelDraft(ABC):
         """See :class:`Expander`: all slots."""
         self._logits_BKV = self._drafter.without_mask(self.slot_logits())
         if self._num_drafted is not None:
-            self._logits_BKV = likeliest_alone(self._logits_BKV, self._num_drafted)
+            count = min(self._num_drafted, self._logits_BKV.shape[-1])
+            best_BKC, self._draft_BKC = self._logits_BKV.topk(count, dim=-1)
+            self._logits_BKV = torch.full_like(self._logits_BKV, -torch.inf).scatter(-1, self._draft_BKC, best_BKC)
         return self._behind(self.root_B[:, None], None)
 
     def extend(self, tokens_BM: Tensor, above_BM: Tensor) -> Tensor:
@@ -99,12 +101,7 @@ class ParallelDraft(ABC):
         """See :class:`ShortlistExpander`."""
         self.depth += 1
         part_BMr = self.correction(tokens_BM, above_BM if self.depth else None)
-        if part_BMr is None:
-            return None
-        weight = self._drafter.correction_weight
-        assert weight is not None
-        rows_BCr = F.embedding(self._draft_BKC[:, self.depth], weight)
-        return part_BMr.to(weight.dtype) @ rows_BCr.mT
+        return None if part_BMr is None else self._added(part_BMr)
 
     def _behind(self, tokens_BM: Tensor, above_BM: Tensor | None) -> Tensor:
         """[B, M, Vd]: logits of the slot behind some nodes."""
@@ -112,6 +109,16 @@ class ParallelDraft(ABC):
         part_BMr = self.correction(tokens_BM, above_BM)
         if part_BMr is None:
             return logits_BMV
+        if self._num_drafted is not None:
+            ids_BMC = self._draft_BKC[:, self.depth, None].expand(-1, tokens_BM.shape[1], -1)
+            return logits_BMV.scatter_add(-1, ids_BMC, self._added(part_BMr).to(logits_BMV.dtype))
         weight = self._drafter.correction_weight
         assert weight is not None
         return logits_BMV + F.linear(part_BMr.to(weight.dtype), weight)
+
+    def _added(self, part_BMr: Tensor) -> Tensor:
+        """[B, M, C]: what nodes add to the candidates of the slot behind them."""
+        weight = self._drafter.correction_weight
+        assert weight is not None
+        rows_BCr = F.embedding(self._draft_BKC[:, self.depth], weight)
+        return part_BMr.to(weight.dtype) @ rows_BCr.mT

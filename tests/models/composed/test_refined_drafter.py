@@ -18,7 +18,7 @@ from torch import Tensor
 
 from draftsmith.decode import Engine, GenerationSettings
 from draftsmith.decode.runners import CompiledRunner
-from draftsmith.models import BlockDrafter, Drafter, DraftLimits, EarlyStop, LMDrafter, SampledChildren, Target
+from draftsmith.models import BlockDrafter, Drafter, DraftLimits, Eagle3, EarlyStop, LMDrafter, SampledChildren, Target
 from draftsmith.models.composed.refined_drafter import RefinedConfig, RefinedDrafter
 from draftsmith.models.composed.revisers import LMReviser, NgramReviser
 from draftsmith.models.drafters.drafter_folder import drafter_fingerprint, load_drafter
@@ -149,12 +149,15 @@ def test_sampled_refined_chains_that_confidence_ends_keep_the_targets_law(lm: Ta
 
 
 def by_paths(lm: Target, alpha: float = ALPHA, num_paths: int = 5, family: str = "blockdrafter") -> RefinedDrafter:
-    head = fresh(next(each for each in EVERY_FAMILY if each.name == family), lm.ends)
+    if family == "p-eagle":
+        head: Drafter = Eagle3.for_target(lm.ends, num_draft_steps=3, mask_token_id=VOCAB - 1).eval()
+    else:
+        head = fresh(next(each for each in EVERY_FAMILY if each.name == family), lm.ends)
     config = RefinedConfig(head="head", ngrams="table", alpha=alpha, num_candidates=6, num_paths=num_paths)
     return RefinedDrafter(config, head, NgramReviser(kneser_ney(TEXTS, VOCAB, 3))).eval()
 
 
-@pytest.mark.parametrize("family", ["blockdrafter", "headsdrafter"])
+@pytest.mark.parametrize("family", ["blockdrafter", "headsdrafter", "riderdrafter", "p-eagle"])
 @pytest.mark.parametrize("shape", ["1x3", "3x3n6", "3x3"])
 def test_replies_of_best_paths_stay_the_targets_own(lm: Target, family: str, shape: str) -> None:
     for request in (

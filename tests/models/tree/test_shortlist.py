@@ -1,4 +1,7 @@
-"""Wide trees over shortlists: the same trees as over the whole vocabulary, DDTree's heap, and no tensor of nodes times vocabulary."""
+"""Wide trees over shortlists: the same trees as over the whole vocabulary, DDTree's heap, and no tensor of nodes times vocabulary.
+
+Refined heads are among them. So are drafts of a selector that are no trees, whose steps read the rows of their candidates alone.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 
 from draftsmith.models import Drafter, DraftLimits, DraftTree, EarlyStop, Target
-from draftsmith.models.drafters.draft_records import Cycle, Emitted, Opening
+from draftsmith.models.composed.refined_drafter import RefinedConfig, RefinedDrafter
+from draftsmith.models.composed.revisers import NgramReviser
+from draftsmith.models.drafters.draft_records import Cycle, DraftState, Emitted, Opening
 from draftsmith.models.families.block import BlockDrafter
 from draftsmith.models.families.eagle3 import Eagle3
 from draftsmith.models.families.heads import HeadsDrafter
+from draftsmith.models.ngrams.kneser_ney import kneser_ney
 from draftsmith.models.tree.noise import SharedNoise
 from draftsmith.models.tree.search import search
 from draftsmith.models.tree.shortlist import Shortlist, shortlist_of
@@ -135,12 +141,17 @@ def shaken(drafter: Drafter) -> Drafter:
 
 def drafted(target: Target, drafter: Drafter, limits: DraftLimits) -> DraftTree:
     """One draft behind a text; only the draft itself is counted by the caller."""
+    state, cycle = begun(target, drafter, limits)
+    return drafter.propose(state, cycle, limits)
+
+
+def begun(target: Target, drafter: Drafter, limits: DraftLimits) -> tuple[DraftState, Cycle]:
+    """The state behind a text, and its cycle."""
     batch, root = batch_of(target, drafter), 9
     states = {name: batch.hidden[name][None, :root] for name in drafter.features}
     prompt = Emitted(batch.input_ids[None, 1 : root + 1], states, torch.tensor([root]))
     state = drafter.start(Opening(prompt, batch.input_ids[:1], limits, room=64))
-    cycle = Cycle(torch.tensor([root]), [root], [root])
-    return drafter.propose(state, cycle, limits)
+    return state, Cycle(torch.tensor([root]), [root], [root])
 
 
 class LargestTensor(TorchDispatchMode):
@@ -215,3 +226,61 @@ def test_a_shortlist_of_the_whole_vocabulary_gives_its_tree_with_a_correction_to
         same = drafted(target, drafter, limits)
     assert paths_of(tree) == paths_of(same)
     torch.testing.assert_close(tree.scores_BN, same.scores_BN, rtol=1e-4, atol=1e-4)
+
+
+def refined(target: Target, kind: str, num_candidates: int) -> RefinedDrafter:
+    """A head, scored again by a table of text that has most of its tokens once."""
+    text = torch.randint(0, V, (4 * V,), generator=torch.Generator().manual_seed(3)).tolist()
+    config = RefinedConfig(head="head", ngrams="table", alpha=0.7, num_candidates=num_candidates)
+    drafter = RefinedDrafter(config, of_kind(target, kind), NgramReviser(kneser_ney([text], V, 2)))
+    return drafter.eval().bound(target.ends)
+
+
+@pytest.mark.parametrize("num_candidates", [16, 30])
+@pytest.mark.parametrize("kind", ["none", "heads", "p-eagle", "vanilla", "recurrent"])
+@torch.no_grad()
+def test_a_refined_head_gives_the_tree_of_the_whole_vocabulary_and_never_scores_it_at_each_node(
+    target: Target, kind: str, num_candidates: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drafter, limits = refined(target, kind, num_candidates), DraftLimits(24, STEPS, node_budget=40)
+    with LargestTensor() as short:
+        drafted(target, drafter, limits)
+    assert short.most < 24 * V
+    monkeypatch.setattr("draftsmith.models.drafters.parallel_draft.FEWEST", V)
+    tree = drafted(target, drafter, limits)
+    with whole_vocabulary(monkeypatch), LargestTensor() as whole:
+        same = drafted(target, drafter, limits)
+    assert whole.most >= 24 * V, "the count would see such a tensor"
+    assert paths_of(tree) == paths_of(same)
+    torch.testing.assert_close(tree.scores_BN, same.scores_BN, rtol=1e-4, atol=1e-4)
+
+
+class Multiplied(TorchDispatchMode):
+    """How many rows the matrices have that are multiplied with others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm):
+            self.sizes |= {size for tensor in args if isinstance(tensor, Tensor) for size in tensor.shape}
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_no_step_of_a_selector_multiplies_with_the_whole_vocabulary_where_each_is_drawn(target: Target) -> None:
+    options: dict[str, Any] = {"correction_rank": 6, "candidates": 5, "num_draft_steps": STEPS}
+    selector = BlockDrafter.for_target(target.ends, layers=["layer.1.output"], correction="selector", **options)
+    limits = DraftLimits(1, STEPS)
+    state, cycle = begun(target, shaken(selector), limits)
+    expander, first = selector.expander(state, cycle, limits), torch.zeros(1, 1, dtype=torch.int64)
+    with Multiplied() as block:
+        logits = expander.begin()
+    assert V in block.sizes, "the block scores the vocabulary once"
+    with Multiplied() as steps:
+        for _ in range(STEPS - 1):
+            assert int((logits > -torch.inf).sum()) == 5
+            logits = expander.extend(expander.target_ids(logits.argmax(-1)), first)
+    assert steps.sizes
+    assert V not in steps.sizes
