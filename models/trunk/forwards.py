@@ -49,8 +49,11 @@ def read_prompts(
 
 
 def joined(chunks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The states of whole prompts, [B, T, D] of each layer, from those of their chunks."""
-    return {name: torch.cat([states[name] for states in chunks], dim=1) for name in chunks[0]}
+    """The states of whole prompts, [B, T, D] of each layer, from those of their chunks, which are empty afterwards.
+
+    A layer's chunks go as soon as they are joined, so that no more than one layer of a long prompt is in memory twice.
+    """
+    return {name: torch.cat([states.pop(name) for states in chunks], dim=1) for name in tuple(chunks[0])}
 
 
 def read_chunks(

@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+import torch
 from doubles import BOS, random_target
 from every_family import EVERY_FAMILY, fresh, name_of
 from torch import Tensor
@@ -14,6 +15,7 @@ from draftsmith.decode import Engine, GenerationSettings
 from draftsmith.decode.batch import Batch, busy_share
 from draftsmith.decode.cycle import CycleReport, DecodeCycle
 from draftsmith.models import Drafter, DraftLimits, LMDrafter, Target
+from draftsmith.models.trunk.forwards import joined
 
 CHUNK = 4
 LENGTHS = [3, 13, 2, CHUNK, 2 * CHUNK, CHUNK + 1]
@@ -156,3 +158,10 @@ def test_the_share_of_busy_rows_counts_rows_that_rest(target: Target) -> None:
     assert busy_share([together], 4) == pytest.approx((8 + 4 + 2 + 2) / 32)
     assert busy_share([together, together], 4) == busy_share([together], 4)
     assert busy_share([], 4) == 1.0
+
+
+def test_chunks_of_states_go_as_they_are_joined() -> None:
+    chunks = [{"low": torch.ones(1, 2, 3), "high": torch.zeros(1, 2, 3)} for _ in range(2)]
+    whole = joined(chunks)
+    assert {name: tuple(states.shape) for name, states in whole.items()} == {"low": (1, 4, 3), "high": (1, 4, 3)}
+    assert chunks == [{}, {}], "a long prompt is not in memory twice"
