@@ -36,7 +36,7 @@ from draftsmith.train.drafter.finite_loss import FiniteLoss, not_finite
 from draftsmith.train.drafter.metrics import means, pool
 from draftsmith.train.drafter.objective import Distillation, Objective, PreparedBatch, inverse_draft_ids, prepare, run
 from draftsmith.train.drafter.served_copy import ServedCopy, pop_average
-from draftsmith.train.drafter.starting_drafter import LoraSettings, StartingDrafter
+from draftsmith.train.drafter.starting_drafter import LoraSettings, StartingDrafter, check_mask
 from draftsmith.train.drafter.text_validation import TextValidation
 from draftsmith.train.drafter.vocabulary_choice import VocabularyChoice
 from draftsmith.train.losses.chunk_rows import chosen_chunk_rows
@@ -322,7 +322,8 @@ class DraftModule(pl.LightningModule):
             drafter, self._base_fingerprint = self.starting_drafter.adopt(self.family, ends, tokenizer)
             return drafter
         draft_token_ids = self._vocabulary().token_ids(data, ends.vocab_size)
-        return fresh_drafter(self.family, ends, draft_token_ids, self.objective.num_steps, tokenizer)
+        fresh = fresh_drafter(self.family, ends, draft_token_ids, self.objective.num_steps, tokenizer)
+        return check_mask(fresh, ends)
 
     def configure_model(self) -> None:
         """Nothing: setup() has built the drafter, and strategies divide it. Lightning asks model-parallel runs for this."""

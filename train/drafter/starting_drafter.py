@@ -128,6 +128,27 @@ class StartingDrafter:
             )
 
 
+def check_mask(drafter: Drafter, ends: TargetEnds) -> Drafter:
+    """Checks that a fresh drafter can draft the end of a reply: its mask stands for an empty slot and is never drafted.
+
+    Args:
+        drafter: fresh.
+        ends: the target's.
+
+    Returns:
+        The same drafter.
+
+    Raises:
+        ValueError: the mask is an end token.
+    """
+    if drafter.mask_token is not None and drafter.mask_token in ends.eos_token_ids:
+        raise ValueError(
+            f"mask_token_id {drafter.mask_token} ends the target's replies ({list(ends.eos_token_ids)}), and a mask is never drafted; "
+            "name a token that no text has"
+        )
+    return drafter
+
+
 def adopt(folder: Path, family: DrafterFamily, ends: TargetEnds, tokenizer: str, other_target: bool = False) -> Drafter:
     """A drafter of the run's family from a folder, in training mode and attached to ends; its shape and draft vocabulary stay its own.
 

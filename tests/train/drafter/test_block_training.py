@@ -11,7 +11,7 @@ from training import KeepLosses, MakeCache, make_module, make_trainer
 from draftsmith.models.drafters.drafter_folder import load_drafter
 from draftsmith.models.drafters.rollout import PackedBatch, data_rollout, fewer_anchors
 from draftsmith.models.families.block import BlockFamily
-from draftsmith.models.target.target import PRE_NORM
+from draftsmith.models.target.target import PRE_NORM, TargetEnds
 from draftsmith.train.batches.data_module import CacheDataModule
 from draftsmith.train.drafter.objective import Objective
 from draftsmith.train.drafter_callbacks.keep_best_drafter import KeepBestDrafter
@@ -85,6 +85,13 @@ def test_a_confidence_head_that_cannot_learn_is_refused(target_dir: Path, cache:
             make_trainer(tmp_path).fit(make_module(target_dir, drafter=family, **settings), CacheDataModule(cache))
     with pytest.raises(ValueError, match=r"confidence_weight is 0\.0; it must be above 0"):
         Objective(2, confidence_weight=0.0)
+
+
+def test_a_mask_that_ends_replies_is_an_error(target_dir: Path, cache: Path, tmp_path: Path) -> None:
+    [end, *_] = TargetEnds.load(str(target_dir)).eos_token_ids
+    module = make_module(target_dir, drafter=BlockFamily(layers=LAYERS, mask_token_id=end))
+    with pytest.raises(ValueError, match=f"mask_token_id {end} ends the target's replies"):
+        make_trainer(tmp_path, max_epochs=1).fit(module, CacheDataModule(cache, tokens_per_batch=60))
 
 
 def test_the_best_drafter_decodes_and_loads_back(target_dir: Path, cache: Path, tmp_path: Path) -> None:
