@@ -42,7 +42,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "negative_log_acceptance, d_pace 0.5": {"divergence": "negative_log_acceptance", "d_pace": 0.5},
 }
 LOSS_SHAPES = ("0:1x5", "0:10x5n24", "1:10x5n24", "1:s1.1.1.1.1", "1:s4.1.1.1.1")
-"""What each loss is judged by, TEMPERATURE:SHAPE: a tree walk and, where there is sampling, rejection along chains and trees."""
+"""What each loss is judged by, TEMPERATURE:SHAPE: trees of guesses and, where there is sampling, rejection along chains and trees."""
 
 
 class Counts:

@@ -269,7 +269,7 @@ def page_of(
         f"### Temperature 1 ({rows['warm'][0]['prompts']} prompts)",
         "Shapes that begin with s (MCSD, no replacement), k (K-SEQ) or b (block verification) draw their candidates from the drafter and "
         "verify them by rejection: "
-        "their text has the target's distribution, not the tokens of plain decoding's noise. All others walk.",
+        "their text has the target's distribution, not the tokens of plain decoding's noise. All others are guesses of the target's draws.",
         decoding_table(rows["warm"]),
     ]
 

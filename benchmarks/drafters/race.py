@@ -120,7 +120,9 @@ class Race:
 def count_table(race: Race, names: list[str], temperature: float) -> list[str]:
     """Tokens per step of every drafter and shape."""
     columns = (
-        ("chain", "24 nodes", "60 nodes") if temperature == 0.0 else ("walk, 24 nodes", "block verification", "K-SEQ")
+        ("chain", "24 nodes", "60 nodes")
+        if temperature == 0.0
+        else ("guesses, 24 nodes", "block verification", "K-SEQ")
     )
     lines = ["| drafter | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
     for name in names:

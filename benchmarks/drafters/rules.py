@@ -65,7 +65,7 @@ class Rules:
         """The lines of one drafter's table, at one temperature."""
         sizes = self.options.nodes
         walks = {size: self.counted(name, drafter, RULES[WALK][size], temperature) for size in sizes}
-        yield "| rule | " + " | ".join(f"{size} nodes | over the walk" for size in sizes) + " |"
+        yield "| rule | " + " | ".join(f"{size} nodes | over the likeliest" for size in sizes) + " |"
         yield "|---" * (1 + 2 * len(sizes)) + "|"
         for rule, shapes in RULES.items():
             cells = []
