@@ -72,6 +72,18 @@ def test_every_family_guesses_and_the_text_is_that_of_plain_decoding(target: Tar
     assert drafts["2x3n5"] != drafts["2x3n5l"], "the noise reaches no draft"
 
 
+@pytest.mark.parametrize(
+    "processors", [{"top_k": 1}, {"top_k": 2}, {"top_p": 0.05}, {"min_p": 0.9}, {"repetition_penalty": 1.4}], ids=str
+)
+@pytest.mark.parametrize("shape", ["1x4", "3x3", "3x3n6", "3x3n6m1", "t3.2", "3x3n6p0.2", "1x4e0.5", "3x3e0.5"])
+def test_few_tokens_left_by_the_processors_are_no_trouble(
+    target: Target, shape: str, processors: dict[str, float]
+) -> None:
+    request = GenerationSettings(max_new_tokens=16, temperature=0.9, seed=5, **processors)
+    drafter = LMDrafter(random_target(seed=3)).eval()
+    assert cycles(target, drafter, shape, request) <= 4 * 16
+
+
 def test_a_prompt_drafts_alone_what_it_drafts_in_a_batch(target: Target) -> None:
     engine = Engine(target, LMDrafter(random_target(seed=3)).eval(), DraftLimits(2, 3, node_budget=5))
     together = engine.generate(PROMPTS, DRAWN, num_rows=2)
