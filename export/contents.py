@@ -20,10 +20,9 @@ from draftsmith.models.files.adapter_files import BOND
 from draftsmith.models.files.checkpoint_files import read_fields, read_tensors, weight_files
 from draftsmith.models.files.tables import target_ids, vocabulary_faults
 from draftsmith.models.lora.lora_adapter import read_bond
-from draftsmith.models.other_software.named_kinds import claims_known_head, named_kind
+from draftsmith.models.other_software.named_kinds import NESTED, claims_known_head, named_kind
 from draftsmith.models.other_software.speculators_config import SPECULATORS_KEY, proposed_tokens, verifier_name
 
-_NESTED = ("transformer_layer_config", "eagle_config", "dflash_config")
 # Fields that are shown where a config has them, each with the words for it.
 _SHOWN = {
     "hidden_size": "hidden size",
@@ -121,7 +120,7 @@ def _whole_model(fields: Mapping[str, Any], tensors: Collection[str] = ()) -> Co
 
 def _flat(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The config's fields with those of the objects in it; a field at the top counts."""
-    nested = [fields[name] for name in _NESTED if isinstance(fields.get(name), dict)]
+    nested = [fields[name] for name in NESTED if isinstance(fields.get(name), dict)]
     own = {name: value for name, value in fields.items() if value is not None}
     return {name: value for place in nested for name, value in place.items()} | own
 

@@ -87,6 +87,6 @@ LAYOUTS = (
         write_apple,
         "the layout of Apple's ml-recurrent-drafter: `config.json` with its keys only, `model.safetensors` with its tensor names. The "
         "target is named in `provenance.json`",
-        LayoutReader("Apple's", holds, read_apple),
+        LayoutReader("Apple's", holds, read_apple, understood=APPLE_KEYS),
     ),
 )

@@ -20,7 +20,13 @@ from draftsmith.export.layouts import speculators
 from draftsmith.export.layouts.embedding import NAME as EMBEDDING
 from draftsmith.export.layouts.embedding import embedding_rows, is_plain, refuse_other_embedding
 from draftsmith.export.layouts.layout import Layout, LayoutReader
-from draftsmith.export.layouts.llama import has_own_head, layer_settings, llama_fields
+from draftsmith.export.layouts.llama import (
+    LAYER_FIELDS,
+    has_own_head,
+    layer_settings,
+    llama_fields,
+    warn_of_idle_window,
+)
 from draftsmith.export.layouts.readback import refuse_difference, tensors_of
 from draftsmith.export.layouts.serving import sglang, vllm
 from draftsmith.models.drafters.drafter_reader import assemble, module_table
@@ -35,6 +41,7 @@ from draftsmith.models.target.ends import TargetEnds
 WHAT = "EAGLE-1"
 # SGLang's name first, vLLM's second: each passes over the other's.
 ARCHITECTURES = ("LlamaForCausalLMEagle", "EagleLlamaForCausalLM")
+_UNDERSTOOD = {*LAYER_FIELDS, "bias", "fusion_bias", "layernorms", "transformer_layer_architecture"}
 _FREQUENCIES = "layers.0.self_attn.rotary_emb.inv_freq"  # left by old Transformers; follows from the config
 
 
@@ -108,6 +115,7 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
     if bias is None and fields.get("bias") is True:
         raise ValueError(f"{where}: the config says bias true, but fc.bias is missing; get a whole checkpoint")
     config = EagleConfig(**layer_settings(fields, where), num_draft_steps=1)
+    warn_of_idle_window(fields, where)
     engine_table(config, where).check(kept, where)
     config.bias = bias is not None and bool(bias.any())
     if not config.bias:
@@ -145,7 +153,7 @@ LAYOUTS = (
         write,
         "the EAGLE-1 layout that vLLM and SGLang both load: two architectures, each engine's own, and an `fc.bias` of zeros. Embedding and "
         "head are the target's. The target is named in `provenance.json`",
-        LayoutReader("the common EAGLE-1", holds, read),
+        LayoutReader("the common EAGLE-1", holds, read, understood=_UNDERSTOOD),
         _commands,
         whole_vocabulary=True,
     ),

@@ -20,14 +20,16 @@ from torch import Tensor
 
 from draftsmith.export.layouts.embedding import NAME as EMBEDDING
 from draftsmith.export.layouts.embedding import embedding_rows, is_plain, num_other_rows, refuse_other_embedding
-from draftsmith.export.layouts.layer_ids import block_counts, id_fields, layer_names, read_counts
+from draftsmith.export.layouts.layer_ids import KEY, block_counts, id_fields, layer_names, read_counts
 from draftsmith.export.layouts.layout import Layout, LayoutReader
 from draftsmith.export.layouts.llama import (
+    LAYER_FIELDS,
     has_own_head,
     layer_settings,
     llama_fields,
     qwen3_kinds,
     sliding_layers,
+    warn_of_idle_window,
     with_qwen3_defaults,
 )
 from draftsmith.export.layouts.readback import refuse_difference, tensors_of
@@ -48,6 +50,19 @@ LLAMA, QWEN3 = "llama", "qwen3"
 _ARCHITECTURES = {LLAMA: "LlamaForCausalLMEagle3", QWEN3: "Eagle3Qwen3ForCausalLM"}
 _HEAD_NORM = ".self_attn.q_norm.weight"
 LAYER, OTHER_LAYER = "midlayer", "layers.0"
+_MASK_TOKENS = ("mask_token_id", "pard_token", "ptd_token_id")
+# What ModelOpt's config says of a head, and what ours is: another value means another computation.
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "use_aux_hidden_state": (True,),
+    "use_input_layernorm_in_first_layer": (True,),
+    "use_last_layernorm": (True,),
+    "use_mtp_layernorm": (False,),
+    "next_layer_regular": (True,),
+    "parallel_draft_step": (0, 1),
+}
+_IN_TENSORS = ("embed_requires_grad", "has_lm_head", "num_aux_hidden_states", "parallel_draft_heads_num_layers")
+UNDERSTOOD = frozenset({*LAYER_FIELDS, KEY, *_MASK_TOKENS, *_FIXED, *_IN_TENSORS})
+"""The fields of a config that :func:`read` knows."""
 
 
 def engine_table(config: Eagle3Config, layer: str = LAYER, where: str = "the config") -> Table:
@@ -175,7 +190,8 @@ def _write(drafter: Eagle3, folder: Path, ends: TargetEnds | None, tensors: dict
     fields["draft_vocab_size"] = len(tensors[HEAD])
     fields |= {name: True for name, value in config.switches.items() if value}
     if config.parallel:
-        fields["mask_token_id"] = config.mask_token_id
+        # vLLM's second model runner, and earlier versions, read the second name alone.
+        fields |= dict.fromkeys(_MASK_TOKENS[:2], config.mask_token_id)
         # vLLM takes this as true where it is absent.
         fields[SWITCHES[0]] = config.norm_before_residual
     fields |= id_fields(block_counts(config.layers, num_layers(ends)), num_layers(ends))
@@ -212,7 +228,9 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
         ValueError: the tensors are not the table's, the layer is not of our kind, the layers to read are in doubt, or the embedding is
             not the target's.
     """
-    understood = (*SWITCHES, "attention_bias", "layer_types", "num_hidden_layers")
+    understood = [*SWITCHES, "attention_bias", "layer_types", "num_hidden_layers"]
+    understood += ["parallel_drafting"] if MASK in tensors else []
+    _refuse_other_heads(fields, where)
     has_norms = _has_head_norms(fields, tensors)
     is_qwen3 = has_norms and fields.get("model_type") == QWEN3
     fields = with_qwen3_defaults(fields) if is_qwen3 else fields
@@ -221,7 +239,7 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
     kinds = qwen3_kinds(fields, count, where) if is_qwen3 else fields.get("layer_types") or ()
     config = Eagle3Config(
         **settings,
-        **_switches(fields),
+        **_switches(fields, where),
         attention_bias=bool(fields.get("attention_bias")),
         head_norms=has_norms,
         num_draft_layers=count,
@@ -286,6 +304,8 @@ def _window(fields: Mapping[str, Any], kinds: Sequence[Any], count: int, where: 
         ValueError: some layers have one and others none, or there are other layers than kinds of them.
     """
     window, layers = sliding_layers(fields, kinds, where)
+    if not kinds:
+        warn_of_idle_window(fields, where)
     if window is not None and not len(layers) == len(kinds) == count:
         raise ValueError(
             f"{where} has {count} layers, {len(kinds)} layer_types and {len(layers)} of them with sliding attention; our EAGLE-3 has one "
@@ -317,10 +337,32 @@ def _regular(
     return kept
 
 
-def _switches(fields: Mapping[str, Any]) -> dict[str, bool]:
-    """The switches of EAGLE-3.1 that a config turns on, at its top or among its ``eagle_config``."""
+def _switches(fields: Mapping[str, Any], where: str) -> dict[str, bool]:
+    """The switches of EAGLE-3.1 that a config turns on, at its top or among its ``eagle_config``.
+
+    Raises:
+        ValueError: the two places differ.
+    """
     nested = fields.get("eagle_config") or {}
+    for name in SWITCHES:
+        if len({place[name] for place in (fields, nested) if place.get(name) is not None}) > 1:
+            raise ValueError(
+                f"{where} has {name} {fields[name]}, and {nested[name]} in eagle_config; correct one of the two"
+            )
     return {name: bool(fields.get(name) or nested.get(name)) for name in SWITCHES}
+
+
+def _refuse_other_heads(fields: Mapping[str, Any], where: str) -> None:
+    """Refuse settings of ModelOpt under which the same tensors would mean another head.
+
+    Raises:
+        ValueError: naming each.
+    """
+    nested = fields.get("eagle_config")
+    places = (fields, nested if isinstance(nested, Mapping) else {})
+    given = [(name, place[name]) for place in places for name in _FIXED if place.get(name) is not None]
+    if faults := [f"{name} {value!r:.80}" for name, value in given if value not in _FIXED[name]]:
+        raise ValueError(f"{where} asks for {', '.join(faults)}, which our EAGLE-3 does not do; it cannot be read")
 
 
 def _masks(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> dict[str, Any]:
@@ -329,13 +371,13 @@ def _masks(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str)
     Raises:
         ValueError: the folder has the tensor and names no token, or two; or it says that it is a P-EAGLE and lacks the tensor.
     """
+    tokens = {name: fields[name] for name in _MASK_TOKENS if fields.get(name) is not None}
     if MASK not in tensors:
-        if fields.get(SPECULATORS_KEY) == "peagle":
+        if tokens or named_kind(fields) == "P-EAGLE":
             raise ValueError(
-                f"{where} says that it is a P-EAGLE ({SPECULATORS_KEY} 'peagle') and has no tensor {MASK}; fetch the folder again"
+                f"{where} says that it is a P-EAGLE ({', '.join(tokens) or 'by its kind'}) and has no tensor {MASK}; fetch the folder again"
             )
         return {}
-    tokens = {name: fields[name] for name in ("mask_token_id", "pard_token") if fields.get(name) is not None}
     check_fields(tokens, dict.fromkeys(tokens, TOKEN_OR_NULL), f"{where}: {CONFIG}", "correct it by hand")
     if len(set(tokens.values())) != 1:
         raise ValueError(
@@ -391,7 +433,7 @@ LAYOUTS = (
         "eagle3",
         write,
         "the EAGLE-3 layout that vLLM, SGLang and the official code load. The target is named in `provenance.json`",
-        LayoutReader("the common EAGLE-3", holds, read),
+        LayoutReader("the common EAGLE-3", holds, read, understood=UNDERSTOOD),
         _commands,
     ),
     Layout(

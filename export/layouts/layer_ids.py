@@ -85,7 +85,7 @@ def read_counts(fields: Mapping[str, Any], num_layers: int | None, where: str) -
     places = (fields, fields.get("eagle_config") or {})
     for place in places:
         check_fields({name: value for name, value in place.items() if value is not None}, {KEY: _IDS}, where, _REMEDY)
-    top, nested = (place.get(KEY) for place in places)
+    top, nested = (place.get(KEY) or None for place in places)  # trainers write [] for the default
     if top is not None and nested is not None and [count - 1 for count in top] != list(nested):
         raise ValueError(
             f"{where} names layers {list(top)} for vLLM and {list(nested)} for SGLang, which are not one less each; correct one"

@@ -6,6 +6,7 @@ Transformers 4 reads no other; and what Qwen3's fields mean where some are left 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -59,6 +60,9 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1.0,),
     "logit_scale": (1.0,),
 }
+
+LAYER_FIELDS = frozenset({*_RULES, *_WINDOW_RULES, *_WHICH_SLIDE, *_FIXED, "target_hidden_size"})
+"""The fields that are read of a config with decoder layers, or that must have one value."""
 
 
 def llama_fields(config: LayerConfig, dtype: torch.dtype, ends: TargetEnds | None) -> dict[str, Any]:
@@ -223,9 +227,32 @@ def sliding_layers(fields: Mapping[str, Any], kinds: Sequence[Any], where: str) 
     return int(window), layers
 
 
+def warn_of_idle_window(fields: Mapping[str, Any], where: str) -> None:
+    """Warn of a window that a config has without ``layer_types``, where neither engines nor this reader take it.
+
+    Args:
+        fields: of the config.
+        where: for messages.
+    """
+    window = fields.get("sliding_window")
+    if window is not None and fields.get("use_sliding_window") is not False and not fields.get("layer_types"):
+        warnings.warn(
+            f"{where} has sliding_window {window!r:.80} and no layer_types, so it is read without a window, as engines read it; if it was "
+            "trained with one, add layer_types with sliding_attention",
+            stacklevel=2,
+        )
+
+
 def _rope(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Either form, Transformers 5's ``rope_parameters`` or the legacy one, as one flat dictionary."""
-    rope = dict(fields.get("rope_parameters") or fields.get("rope_scaling") or {})
+    forms = {name: dict(fields[name]) for name in ("rope_parameters", "rope_scaling") if fields.get(name)}
+    rope = dict(next(iter(forms.values()), {}))
+    if fields.get("rope_theta") is not None:
+        forms["rope_theta"] = {"rope_theta": fields["rope_theta"]}
+    if differ := _differing(list(forms.values())):
+        raise ValueError(
+            f"{where} has several values of {', '.join(differ)} in {' and '.join(forms)}, between which software differs; correct one"
+        )
     given = [kind for kind in (rope.pop("type", None), rope.pop("rope_type", None)) if kind is not None]
     if not given and "factor" in rope:
         raise ValueError(f"{where} has rotary settings with a factor and no rope_type ({rope}); add the type by hand")
@@ -236,6 +263,14 @@ def _rope(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
     settings = {**rope, "rope_type": kind, "rope_theta": theta}
     check_fields({"rope": settings}, {"rope": EagleConfig.rules["rope"]}, where, "correct it by hand")
     return settings | {"rope_theta": float(theta)}
+
+
+def _differing(forms: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of rotary settings that have several values; ``type`` is an older name of ``rope_type``."""
+    named = [{"rope_type" if name == "type" else name: value for name, value in form.items()} for form in forms]
+    names = dict.fromkeys(name for form in named for name, value in form.items() if value is not None)
+    given = {name: [form[name] for form in named if form.get(name) is not None] for name in names}
+    return [name for name, values in given.items() if any(value != values[0] for value in values)]
 
 
 def has_own_head(tensors: Iterable[str]) -> bool:

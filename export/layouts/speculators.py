@@ -233,7 +233,7 @@ LAYOUTS = (
         "speculators",
         write,
         "the layout of the speculators package, with the target's embedding",
-        LayoutReader("the speculators package's", holds, read),
+        LayoutReader("the speculators package's", holds, read, understood=eagle3.UNDERSTOOD),
         _commands,
     ),
 )

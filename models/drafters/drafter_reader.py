@@ -19,6 +19,7 @@ from draftsmith.models.files.checkpoint_files import CONFIG, read_fields, read_t
 from draftsmith.models.files.field_rules import check_fields
 from draftsmith.models.files.pretrained import RAISED_BY_CONFIGS
 from draftsmith.models.files.tables import Table, TensorSpec
+from draftsmith.models.other_software.unread_fields import warn_of_unread
 
 if TYPE_CHECKING:
     from draftsmith.models.drafters.drafter import Drafter
@@ -72,7 +73,7 @@ def build_drafter(
 
 
 def drafter_config(kind: type[_Family], fields: Mapping[str, Any], place: str) -> DrafterConfig:
-    """Make the family's config from the fields of a ``config.json``; fields that mean nothing to the family are skipped.
+    """Make the family's config from the fields of a ``config.json``; fields that mean nothing to the family are named in a warning.
 
     Args:
         kind: the family.
@@ -89,6 +90,7 @@ def drafter_config(kind: type[_Family], fields: Mapping[str, Any], place: str) -
     check_fields(fields, rules, f"{place}: {CONFIG}", _REMEDY, required=("hidden_size", "vocab_size"))
     config = kind.config_class(**{name: fields[name] for name in rules if name in fields})
     config.check(f"{place}: {CONFIG}", _REMEDY)
+    warn_of_unread(fields, rules, place)
     return config
 
 

@@ -24,6 +24,7 @@ from draftsmith.models.files.fingerprint import checkpoint_fingerprint
 from draftsmith.models.other_software.layout_reader import LayoutReader
 from draftsmith.models.other_software.named_kinds import broken_claim, claims_known_head, named_kind
 from draftsmith.models.other_software.speculators_config import SPECULATORS_KEY
+from draftsmith.models.other_software.unread_fields import warn_of_unread
 from draftsmith.models.target.ends import TargetEnds
 
 _LOG = logging.getLogger(__name__)
@@ -153,8 +154,10 @@ def part_of_target(folder: Path, ends: TargetEnds) -> LayoutReader | None:
 
 def _bound(layout: LayoutReader, tensors: Mapping[str, Tensor], folder: Path, target: TargetBond) -> Drafter:
     """Read a drafter, and bind it to its target."""
-    ends = target.ends
-    drafter = layout.read(read_fields(folder), tensors, ends, str(folder))
+    ends, fields = target.ends, read_fields(folder)
+    drafter = layout.read(fields, tensors, ends, str(folder))
+    if layout.understood is not None:
+        warn_of_unread(fields, layout.understood, str(folder))
     drafter.config.target_name, drafter.config.target_fingerprint = ends.name, ends.fingerprint
     drafter.config.tokenizer_fingerprint = target.tokenizer_fingerprint
     drafter.loaded_from = folder

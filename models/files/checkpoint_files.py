@@ -106,15 +106,28 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         Its tensors by name.
 
     Raises:
-        ValueError: there is no safetensors file, one is broken, or only pickled weights are there, which are never opened.
+        ValueError: there is no safetensors file, one is broken, two parts hold the same tensor, or only pickled weights are there, which
+            are never opened.
     """
     files = weight_files(folder)
     if not files:
         raise ValueError(_no_weights(folder))
     tensors: dict[str, Tensor] = {}
     for path in files:
-        tensors |= read_file(path)
+        part = read_file(path)
+        _refuse_doubles(part, tensors, path)
+        tensors |= part
     return tensors
+
+
+def _refuse_doubles(part: Iterable[str], others: Mapping[str, object], path: Path) -> None:
+    """Refuse a tensor that two parts of a checkpoint hold: which of the two counts is a matter of their order.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if double := next((name for name in part if name in others), None):
+        raise ValueError(f"{path} holds {double}, as another part of {path.parent} does; copy the folder again")
 
 
 def read_file(path: Path, remedy: str = _AGAIN) -> dict[str, Tensor]:

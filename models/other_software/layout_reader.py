@@ -28,9 +28,11 @@ class LayoutReader:
         read: config, tensors, the target's ends and what errors call the folder -> a drafter attached to nothing.
         in_target: whether a target's own checkpoint holds the drafter beside its weights, by the names of its tensors. Then the target
             itself can be named as the drafter.
+        understood: the fields of a config that ``read`` knows; others are named in a warning. None says nothing of any.
     """
 
     software: str
     holds: Callable[[Mapping[str, Any], Mapping[str, Tensor]], bool]
     read: Reader
     in_target: Callable[[Collection[str]], bool] | None = None
+    understood: Collection[str] | None = None

@@ -70,6 +70,8 @@ KINDS = (
     NamedKind("MLP speculator", ("MLPSpeculatorPreTrainedModel",), ("mlp",), model_types=("mlp_speculator",)),
 )
 
+NESTED = ("transformer_layer_config", "eagle_config", "dflash_config")
+"""Parts of a config whose fields count as its own."""
 
 _EAGLE = re.compile(r"ForCausalLMEagle|Eagle3?\w*(?:ForCausalLM|Speculator|DraftModel)|EagleModel")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from draftsmith.export.layouts.block.dflash_reader import NESTED, read
+from draftsmith.export.layouts.block.dflash_reader import NESTED, UNDERSTOOD, read
 from draftsmith.export.layouts.block.kinds import (
     DFLASH,
     DFLASH2,
@@ -166,7 +166,7 @@ LAYOUTS = (
         "dflash",
         write,
         "z-lab's DFlash layout, which vLLM and SGLang load. The target is named in `provenance.json`",
-        LayoutReader("z-lab's", holds, read),
+        LayoutReader("z-lab's", holds, read, understood=UNDERSTOOD),
         _commands,
     ),
     Layout(

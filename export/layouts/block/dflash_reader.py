@@ -23,6 +23,7 @@ from draftsmith.export.layouts.eagle3 import num_layers
 from draftsmith.export.layouts.embedding import NAME as EMBEDDING
 from draftsmith.export.layouts.embedding import is_plain
 from draftsmith.export.layouts.layer_ids import KEY, layer_names
+from draftsmith.export.layouts.llama import LAYER_FIELDS
 from draftsmith.models.families.block.block_config import BlockConfig
 from draftsmith.models.families.block.block_correction import CorrectionKind
 from draftsmith.models.families.block.block_drafter import BlockDrafter
@@ -83,6 +84,8 @@ _FIXED: dict[str, Any] = {
     "attention_sink_bias": False,
     **CONVOLUTION,
 }
+UNDERSTOOD = frozenset({*LAYER_FIELDS, *_RULES, *_FIXED, "input_embedding_scale", "projector_type", "swa_window_size"})
+"""The fields of a config that :func:`read` knows."""
 _WINDOWS = ("layer_types", "max_window_layers", "sliding_window", "use_sliding_window")  # engines read them at the top
 
 

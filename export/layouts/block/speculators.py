@@ -154,7 +154,7 @@ LAYOUTS = (
         "speculators",
         write,
         "the layout of the speculators package. Embedding and head are the target's",
-        LayoutReader("the speculators package's", holds, read),
+        LayoutReader("the speculators package's", holds, read, understood=dflash_reader.UNDERSTOOD),
         _commands,
     ),
 )

@@ -45,6 +45,7 @@ _RULES: dict[str, Rule] = {
     "medusa_fc_bias": FLAG,
     "original_lm_head": FLAG,
 }
+_UNDERSTOOD = {*_RULES, "version", "max_paths", "medusa_choices", "topk"}  # the last three say how a tree is searched
 # Our names, the official ones, and vLLM's own.
 _BLOCK, _HEAD = "steps.blocks.{h}.{l}.linear.", "heads.{h}.weight"
 _OFFICIAL_BLOCK, _OFFICIAL_HEAD = "{h}.{l}.linear.", "{h}.{L}.weight"
@@ -188,7 +189,7 @@ def _names(config: HeadsConfig) -> dict[str, str]:
 
 def _official(name: str, num_blocks: int) -> str:
     """An official name as it is; vLLM's ``blocks.0.layers.1.weight`` -> ``0.1.linear.weight``, ``lm_heads.0.weight`` -> ``0.2.weight``."""
-    bare = name.removeprefix("medusa_heads.")
+    bare = name.removeprefix("medusa_heads.").removeprefix("medusa_head.")
     return _VLLM_HEAD.sub(rf"\g<1>.{num_blocks}.", _VLLM_BLOCK.sub(r"\1.\2.linear.", bare))
 
 
@@ -206,7 +207,7 @@ LAYOUTS = (
         "medusa",
         write,
         "the layout of Medusa's official training, with an output head for each step. The target is named in `provenance.json`",
-        LayoutReader("Medusa's", holds, read),
+        LayoutReader("Medusa's", holds, read, understood=_UNDERSTOOD),
         _commands,
     ),
 )

@@ -35,6 +35,7 @@ _RULES: dict[str, Rule] = {
     "scale_input": FLAG,
 }
 _REQUIRED = ("emb_dim", "n_predict", "vocab_size")
+_UNDERSTOOD = {*_RULES, "n_candidates", "top_k_tokens_per_head"}  # the last two say how a tree is searched
 _CANDIDATES = (5, 4, 3)  # of the first steps in the authors' beams; later ones have as many as the last
 
 
@@ -167,6 +168,6 @@ LAYOUTS = (
         "mlp_speculator",
         write,
         "the layout of the MLP speculator in fms-extras, with every step's tensors. The target is named in `provenance.json`",
-        LayoutReader("the MLP speculator's", holds, read),
+        LayoutReader("the MLP speculator's", holds, read, understood=_UNDERSTOOD),
     ),
 )

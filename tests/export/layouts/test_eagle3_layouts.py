@@ -218,7 +218,8 @@ def test_maps_of_a_whole_vocabulary_and_of_32_bits_are_read(tmp_path: Path, deep
 
 def test_a_window_of_the_layer_is_read(tmp_path: Path, deep: Target) -> None:
     write(eagle3(deep.ends), tmp_path, "eagle3", deep.ends)
-    assert load_any(change_fields(tmp_path, sliding_window=9), deep.ends).config.sliding_window is None
+    with pytest.warns(UserWarning, match="sliding_window 9 and no layer_types, so it is read without a window"):
+        assert load_any(change_fields(tmp_path, sliding_window=9), deep.ends).config.sliding_window is None
     change_fields(tmp_path, layer_types=["sliding_attention"])
     assert load_any(tmp_path, deep.ends).config.sliding_window == 9
     for changes, message in (
@@ -291,6 +292,15 @@ def test_a_folder_that_breaks_the_table_is_refused(tmp_path: Path, deep: Target,
             "norm_before_fc and fc_norm, of which a drafter has one at the most",
         ),
         ({"parallel_drafting": True}, "asks for parallel_drafting True"),
+        ({"pard_token": 63}, r"says that it is a P-EAGLE \(pard_token\) and has no tensor mask_hidden"),
+        ({"architectures": ["PEagleDraftModel"]}, r"says that it is a P-EAGLE \(by its kind\) and has no tensor"),
+        ({"eagle_config": {"use_aux_hidden_state": False}}, "asks for use_aux_hidden_state False, which our EAGLE-3"),
+        ({"eagle_config": {"next_layer_regular": False}}, "asks for next_layer_regular False, which our EAGLE-3"),
+        ({"parallel_draft_step": 4, "use_mtp_layernorm": True}, "use_mtp_layernorm True, parallel_draft_step 4, which"),
+        (
+            {"norm_output": True, "eagle_config": {"norm_output": False}},
+            "has norm_output True, and False in eagle_config; correct one",
+        ),
         ({IDS: "2, 4, 5"}, "it must be a list of whole numbers"),
         ({"eagle_config": {IDS: [1, "3", 4]}}, "it must be a list of whole numbers"),
         ({"target_hidden_size": 48}, "asks for target_hidden_size 48"),

@@ -181,6 +181,15 @@ def test_fields_of_an_mlp_speculator_that_are_null_have_their_defaults(target: T
         load_any(tmp_path, target.ends)
 
 
+def test_heads_that_were_cut_out_of_a_whole_medusa_are_read(target: Target, tmp_path: Path) -> None:
+    drafter = made(target, head="per_step")
+    write(drafter, tmp_path, "medusa", target.ends)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({f"medusa_head.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
+    again = load_any(tmp_path, target.ends)
+    torch.testing.assert_close(ours(target, again), ours(target, drafter))  # type: ignore[arg-type]
+
+
 def test_vllms_own_names_of_medusa_are_read_and_its_lost_biases_are_zero(target: Target, tmp_path: Path) -> None:
     drafter = made(target, head="per_step")
     write(drafter, tmp_path, "medusa", target.ends)

@@ -25,7 +25,8 @@ def test_the_default_is_what_fresh_drafters_read_and_is_not_written(num_layers: 
     counts = block_counts(default_layers(num_layers), num_layers)
     assert counts == default_counts(num_layers)
     assert id_fields(counts, num_layers) == {}
-    assert read_counts({}, num_layers, "here") == counts
+    for empty in ({}, {KEY: []}, {"eagle_config": {KEY: [], "use_aux_hidden_state": True}}):
+        assert read_counts(empty, num_layers, "here") == counts
 
 
 def test_without_a_target_the_layers_are_always_written() -> None:

@@ -72,6 +72,29 @@ def test_an_older_config_takes_llamas_defaults() -> None:
     assert settings["rope"] == {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
 
 
+def test_rotary_settings_that_contradict_each_other_are_refused() -> None:
+    fields = {"hidden_size": 32, "vocab_size": 64, "intermediate_size": 48, "num_attention_heads": 4}
+    linear = {"type": "linear", "factor": 2.0}
+    same = {"rope_parameters": {"rope_type": "linear", "factor": 2, "rope_theta": 50000}, "rope_theta": 50000.0}
+    assert layer_settings(fields | same | {"rope_scaling": linear}, "here")["rope"]["rope_theta"] == 50000.0
+    for changes, message in (
+        (
+            {"rope_parameters": {"rope_theta": 10000.0}, "rope_theta": 50000.0},
+            "rope_theta in rope_parameters and rope_theta",
+        ),
+        (
+            {"rope_parameters": linear | {"factor": 4.0}, "rope_scaling": linear},
+            "factor in rope_parameters and rope_scaling",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": linear},
+            "rope_type in rope_parameters and rope_sc",
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"here has several values of {message}"):
+            layer_settings(fields | changes, "here")
+
+
 def test_missing_sizes_and_unknown_rotary_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="here lacks vocab_size, intermediate_size"):
         layer_settings({"hidden_size": 32, "num_attention_heads": 4}, "here")

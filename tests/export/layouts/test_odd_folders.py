@@ -24,6 +24,7 @@ from draftsmith.models.families.heads import HeadsDrafter
 from draftsmith.models.families.riders.chimera import Chimera
 from draftsmith.models.families.riders.mtp import MtpHead
 from draftsmith.models.families.riders.rider_drafter import RiderDrafter
+from draftsmith.models.other_software.named_kinds import NESTED
 
 IDS = torch.tensor([0, 3, 9, 10, 40, 63])
 BLOCK: dict[str, Any] = {"mask_token_id": 63, "num_draft_layers": 2, "num_draft_steps": 3, "correction_rank": 5}
@@ -191,6 +192,12 @@ def other_target(field: str, size: int) -> Target:
         ),
         ("JetSpec", {"layer_types": ["linear_attention"] * 2}, "layer_types with linear attention"),
         ("JetSpec", {"rope_scaling": {"factor": 4.0}}, "a factor and no rope_type"),
+        ("P-EAGLE", {"mask_token_id": 62}, "names {'mask_token_id': 62, 'pard_token': 63}; give the one token"),
+        (
+            "JetSpec",
+            {"rope_theta": 77.0, "rope_parameters": {"rope_type": "default", "rope_theta": 123.0}},
+            "several values of rope_type, rope_theta in rope_parameters and rope_scaling and rope_theta",
+        ),
         ("P-EAGLE", {"rope_scaling": {"rope_type": "linear", "factor": 0}}, "rope is .* and numbers above 0"),
         ("DSpark of speculators", {"speculators_model_type": ["dspark"]}, r"is a \['dspark'\] of the speculators"),
         ("Medusa", {"truncated_vocab_size": 7}, "truncated_vocab_size 7, and the map token_map has 6 tokens"),
@@ -212,6 +219,25 @@ def test_fields_that_contradict_the_tensors_or_the_target_are_named(
     (tmp_path / "config.json").write_text(json.dumps(fields | changes))
     with pytest.raises(ValueError, match=message):
         read(tmp_path, target)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_setting_that_is_not_read_is_named(
+    folders: dict[str, Path], target: Target, tmp_path: Path, name: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    fields, _ = copied(folders[name], tmp_path)
+    read(tmp_path, target)
+    assert "does not read" not in "".join(str(warning.message) for warning in recwarn), "of a folder that is whole"
+    if name == "MTP":
+        return  # its config may be the target's own
+    places = [fields, *(fields[part] for part in NESTED if part in fields)]
+    for number, place in enumerate(places):
+        place[f"mystery_{number}"] = 0.5
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.warns(UserWarning, match="mystery_0 0.5.* which draftsmith does not read") as caught:
+        read(tmp_path, target)
+    said = "".join(str(warning.message) for warning in caught)
+    assert all(f"mystery_{number} 0.5" in said for number in range(len(places)))
 
 
 def test_an_mtp_layer_of_a_deeper_target_is_named_by_its_number(

@@ -67,6 +67,10 @@ def test_a_folder_in_parts_is_read_by_its_index(tmp_path: Path, ends: TargetEnds
     index.write_text(json.dumps({"weight_map": parts}))
     read = load(tmp_path, ends).state_dict()
     assert all(torch.equal(read[name], whole[name]) for name in whole)
+    save_file({"d2t": tensors["d2t"] + 1, "fc.weight": tensors["fc.weight"]}, tmp_path / "stale.safetensors")
+    index.write_text(json.dumps({"weight_map": parts | {"other": "stale.safetensors"}}))
+    with pytest.raises(ValueError, match=r"stale.safetensors holds d2t, as another part of .* does"):
+        load(tmp_path, ends)
     index.write_text(json.dumps({"weight_map": parts | {"d2t": "../other.safetensors"}}))
     with pytest.raises(ValueError, match=r"weight_map is '../other.safetensors', which is no plain file name"):
         load(tmp_path, ends)

@@ -130,6 +130,9 @@ def test_a_folder_for_engines_comes_back_and_names_its_mask(target: Target, tmp_
     write(drafter, tmp_path, layout, target.ends)
     fields = json.loads((tmp_path / "config.json").read_text())
     assert (fields["mask_token_id"], fields["norm_before_residual"]) == (MASK, False)
+    assert fields.get("pard_token") == (MASK if layout == "peagle" else None), (
+        "vLLM copies it for folders of the package"
+    )
     kind = fields.get("speculators_model_type", fields["architectures"][0])
     assert kind == {"peagle": "LlamaForCausalLMEagle3", "speculators": "peagle"}[layout]
     assert load_file(tmp_path / "model.safetensors")["mask_hidden"].shape == (1, 1, 3 * 32)
@@ -147,6 +150,10 @@ def test_a_folder_for_engines_comes_back_and_names_its_mask(target: Target, tmp_
     save_file(tensors | {"mask_hidden": tensors["mask_hidden"][0].clone()}, file)  # [1, n D], as some software has it
     assert torch.equal(load_any(tmp_path, target.ends).state_dict()["mask_hidden"], before["mask_hidden"])
     del fields["mask_token_id"]
+    fields.pop("pard_token", None)
+    for own in ({"ptd_token_id": MASK}, {"pard_token": MASK, "parallel_drafting": True}):
+        (tmp_path / "config.json").write_text(json.dumps(fields | own))
+        assert load_any(tmp_path, target.ends).config.mask_token_id == MASK
     (tmp_path / "config.json").write_text(json.dumps(fields))
     with pytest.raises(ValueError, match="so it is a P-EAGLE, and names no mask_token_id"):
         load_any(tmp_path, target.ends)
