@@ -14,7 +14,8 @@ from transformers import GenerationConfig, PreTrainedConfig
 from draftsmith.models.files.checkpoint_files import CONFIG
 from draftsmith.models.other_software.named_kinds import NESTED
 
-# What software writes of training, of texts and of itself, and older Transformers of every model.
+# What software writes of training, of texts and of itself, and older Transformers of every model. Apple's `num_lookback_tokens` is a
+# setting of its decoder.
 _OF_NO_COMPUTATION = frozenset(
     {
         *(
@@ -28,7 +29,15 @@ _OF_NO_COMPUTATION = frozenset(
         *("has_no_defaults_at_init", "initializer_range", "pad_token_id", "pretraining_tp", "tie_word_embeddings"),
         *("base_model_name_or_path", "speculators_config", "speculators_model_type", "speculators_version"),
         *("target_model_type", "torch_dtype", "use_cache"),
-        *("is_decoder", "num_return_sequences", "prefix", "sep_token_id", "tokenizer_class", "use_return_dict"),
+        *(
+            "is_decoder",
+            "num_lookback_tokens",
+            "num_return_sequences",
+            "prefix",
+            "sep_token_id",
+            "tokenizer_class",
+            "use_return_dict",
+        ),
     }
 )
 

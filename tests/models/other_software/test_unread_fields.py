@@ -32,6 +32,7 @@ def test_what_asks_for_nothing_or_is_of_no_computation_is_not_named() -> None:
         "initializer_range": 0.02,
         "temperature": 0.6,  # of older Transformers, in every config
         "torch_dtype": "bfloat16",
+        "num_lookback_tokens": 1,  # of Apple's decoder
         "transformers_version": "4.57.1",
         "transformer_layer_config": {"pretraining_tp": 1, "hidden_size": 32},
         "eagle_config": "none",
