@@ -6,7 +6,7 @@ CACHE is what `draftsmith data extract` made of replies at that temperature, eac
 the target's p behind every token of the replies, two chances say how far a rule can get with n candidates:
 
 - the walk accepts p of the n likeliest tokens of q, and no rule with these candidates accepts more;
-- n tokens that are drawn from q by themselves give at most the sum of min(p, 1 - (1 - q)^n) (SpecTr, arXiv:2310.15141, section 4).
+- n tokens that are drawn from q by themselves give at most the sum of min(p, 1 - (1 - q)^n) (SpecTr, arXiv:2310.15141).
 
 K-SEQ draws so. MCSD draws without putting back, and so has more distinct candidates. For one candidate both rules reach the sum of
 min(p, q). The target does not run.
@@ -78,7 +78,7 @@ def walk_chance(p_PV: Tensor, q_PV: Tensor, num_candidates: int) -> Tensor:
 
 
 def drawn_chance(p_PV: Tensor, q_PV: Tensor, num_candidates: int) -> Tensor:
-    """What the best rule accepts of candidates that are drawn by themselves (SpecTr, arXiv:2310.15141, section 4).
+    """What the best rule accepts of candidates that are drawn by themselves (SpecTr, arXiv:2310.15141).
 
     Args:
         p_PV: float [P, V], the target's distribution.

@@ -188,7 +188,7 @@ def draw_at(logits_BNV: Tensor, keys_BP: Tensor, place_BN: Tensor) -> Tensor:
 class SharedNoise:
     """The numbers by which the target will draw its next tokens, lent to a drafter, so that it guesses what will be drawn.
 
-    Both then draw the same token wherever their distributions agree (arXiv:2408.07978, section 4; with several candidates,
+    Both then draw the same token wherever their distributions agree (arXiv:2408.07978; with several candidates,
     arXiv:2506.05632). The target draws by its own logits and these numbers alone. So a draft changes no token, whatever it holds.
 
     Attributes:
