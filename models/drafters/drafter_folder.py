@@ -14,10 +14,16 @@ from pathlib import Path
 from draftsmith.models.drafters.draft_lm import load_draft_lm
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.drafter_reader import read_drafter
-from draftsmith.models.drafters.other_layouts import TargetBond, is_other_software, part_of_target, read_other_software
+from draftsmith.models.drafters.other_layouts import (
+    TargetBond,
+    is_other_software,
+    layout_of,
+    part_of_target,
+    read_other_software,
+)
 from draftsmith.models.drafters.registry import missing_families, registry
 from draftsmith.models.files.adapter_files import BOND, TARGET_ADAPTER
-from draftsmith.models.files.checkpoint_files import CONFIG, read_fields
+from draftsmith.models.files.checkpoint_files import CONFIG, read_fields, read_tensors
 from draftsmith.models.files.fingerprint import checkpoint_fingerprint
 from draftsmith.models.files.model_folder import resolve
 
@@ -89,14 +95,20 @@ def load_drafter(
     if composed := _composed_in(path):
         return _composed(path, composed, dtype, trust_remote_code, finite, target)
     kind = _family_in(path)
-    if kind is not None:
+    if kind is not None and not _is_without_target(path):
         _say_of_adapted_target(path)
         return read_drafter(path, kind, finite)
-    if (target is not None and part_of_target(path, target.ends)) or is_other_software(path):
+    if kind is not None or (target is not None and part_of_target(path, target.ends)) or is_other_software(path):
         return read_other_software(path, target)
     draft_lm = load_draft_lm(str(path), dtype, trust_remote_code=trust_remote_code)
     draft_lm.loaded_from = path
     return draft_lm
+
+
+def _is_without_target(folder: Path) -> bool:
+    """Whether a folder with a family's own model_type is other software's, which names no target: Apple's is one."""
+    fields = read_fields(folder)
+    return "target_fingerprint" not in fields and layout_of(fields, read_tensors(folder)) is not None
 
 
 def _say_of_adapted_target(folder: Path) -> None:

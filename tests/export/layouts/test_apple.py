@@ -7,9 +7,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from draftsmith import provenance
 from draftsmith.export.layouts.layouts import load_any, write
 from draftsmith.export.layouts.readback import probe_logits
+from draftsmith.models.drafters.drafter_folder import load_drafter
 from draftsmith.models.drafters.drafter_reader import module_table
+from draftsmith.models.drafters.other_layouts import TargetBond
 from draftsmith.models.families.redrafter import ReDrafter, ReDrafterConfig
 from draftsmith.models.target.target import Target, TargetEnds
 
@@ -237,3 +240,13 @@ def test_another_family_and_an_empty_folder_are_refused(tmp_path: Path) -> None:
     save_file({"model.norm.weight": torch.ones(2)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"no drafter that is known here \(model_type 'llama'\)"):
         load_any(tmp_path)
+
+
+def test_apples_folder_that_was_exported_for_another_target_of_the_same_sizes_is_refused(
+    tmp_path: Path, ends: TargetEnds
+) -> None:
+    write(make(ends), tmp_path, "apple")
+    assert load_drafter(tmp_path, target=TargetBond(ends)).config.target_fingerprint == ends.fingerprint
+    provenance.write(tmp_path, {"config": {"target_name": "other", "target_fingerprint": "0" * 64}})
+    with pytest.raises(ValueError, match="was exported for target 'other'"):
+        load_drafter(tmp_path, target=TargetBond(ends))
