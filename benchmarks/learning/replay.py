@@ -173,9 +173,10 @@ def draft_everywhere(
         drawn: how the replies were drawn; None for greedy ones.
 
     Raises:
-        ValueError: a sample is something else.
+        ValueError: a sample is something else, or lacks states that the drafter reads.
     """
     features, prompts = recording.features, [prompt_length(sample) for sample in samples]
+    _check_states(samples[0], features)
     lengths_B = torch.tensor(prompts)
     first = Emitted(
         pad_sequence([sample.input_ids[1 : prompt + 1] for sample, prompt in zip(samples, prompts, strict=True)], True),
@@ -194,6 +195,15 @@ def draft_everywhere(
         lengths_B = lengths_B + moved_B
         fresh = moved_B.tolist()
         state = recording.advance(state, Emitted(tokens_B1, states, torch.ones_like(lengths_B)))
+
+
+def _check_states(sample: CachedSample, features: Sequence[str]) -> None:
+    """All samples of a cache hold the same layers, so one of them tells."""
+    if missing := [name for name in features if name not in sample.hidden]:
+        raise ValueError(
+            f"the cache holds the states {' '.join(sample.hidden)}, and the drafter also reads {' '.join(missing)}; extract the "
+            f"replies again with --layers {' '.join(dict.fromkeys([*sample.hidden, *missing]))}"
+        )
 
 
 def _padded(samples: Sequence[CachedSample], prompts: Sequence[int], name: str) -> Tensor:

@@ -127,6 +127,13 @@ def test_a_sample_of_two_replies_is_refused(model: Target) -> None:
         )
 
 
+def test_a_cache_without_the_states_that_a_drafter_reads_names_them_and_the_layers_to_extract(model: Target) -> None:
+    drafter = drafter_of(model, "eagle").bound(model.ends)
+    other = [replace(sample, hidden={"layer.0.output": sample.hidden[PRE_NORM]}) for sample in cached(model, {})]
+    with pytest.raises(ValueError, match=r"also reads last\.pre_norm.*--layers layer\.0\.output last\.pre_norm"):
+        record_cached(drafter, other, LIMITS)
+
+
 def write_cache(folder: Path, target: Path, num_replies: int, first: int = 0) -> Path:
     """States of made-up replies of 12 tokens to prompts of two."""
     rows = [
