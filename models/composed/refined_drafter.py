@@ -293,6 +293,7 @@ class RefinedDraft:
     def __init__(self, head: Expander, opinion: Opinion, alpha: float, num_candidates: int) -> None:
         self._head, self._opinion, self._alpha, self._count = head, opinion, alpha, num_candidates
         self._shortlist: Shortlist | None = None
+        self._noise: SharedNoise | None = None
         self._slot = 0
 
     @property
@@ -321,10 +322,11 @@ class RefinedDraft:
     def shortlist(self, count: int, scale: float, noise: SharedNoise | None) -> Shortlist | None:
         """See :class:`ShortlistExpander`: where the head has one, in drafts so wide that the whole vocabulary costs more.
 
-        With noise there is none: it is added to the scores after the second opinion, and so never chooses the candidates.
+        Noise is added to the scores after the second opinion, and so never chooses the candidates.
         """
-        if noise is not None or count <= NARROW or not isinstance(self._head, ShortlistExpander):
+        if count <= NARROW or not isinstance(self._head, ShortlistExpander):
             return None
+        self._noise = noise
         self._shortlist = self._head.shortlist(max(count, self._count), 1.0, None)
         if self._shortlist is None:
             return None
@@ -348,12 +350,16 @@ class RefinedDraft:
         shape = (-1, tokens_BM.shape[1], -1)
         score_BMC = self._shortlist.log_probs_BSC[:, self._slot, None].expand(shape)
         draft_BMC = self._shortlist.draft_BSC[:, self._slot, None].expand(shape)
-        self._slot += 1
         added_BMC = self._head.rescore(tokens_BM, above_BM)
         added_BMC = torch.zeros_like(score_BMC) if added_BMC is None else added_BMC.float()
         kept_BMC = (score_BMC + added_BMC).topk(min(self._count, score_BMC.shape[-1]), dim=-1).indices
-        opinion_BMC = self._opinion.log_probs(self._head.target_ids(draft_BMC.gather(-1, kept_BMC)))
-        shifted_BMC = added_BMC.gather(-1, kept_BMC) + self._alpha * opinion_BMC
+        ids_BMC = self._head.target_ids(draft_BMC.gather(-1, kept_BMC))
+        shifted_BMC = added_BMC.gather(-1, kept_BMC) + self._alpha * self._opinion.log_probs(ids_BMC)
+        if self._noise is not None:
+            before_BMC = score_BMC.gather(-1, kept_BMC)
+            noisy_BMC = self._noise.onto(before_BMC + shifted_BMC, self._slot, ids_BMC)
+            shifted_BMC = (noisy_BMC - before_BMC).masked_fill(before_BMC == -torch.inf, -torch.inf)
+        self._slot += 1
         return torch.full_like(added_BMC, -torch.inf).scatter(-1, kept_BMC, shifted_BMC)
 
     def _rescored(self, logits_BMV: Tensor) -> Tensor:

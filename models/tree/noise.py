@@ -203,22 +203,22 @@ class SharedNoise:
     temperature: float
     processed: Callable[[Tensor], Tensor]
 
-    def onto(self, logits_BMV: Tensor, depth: int, ids_V: Tensor, each: bool = False) -> Tensor:
+    def onto(self, logits_BMV: Tensor, depth: int, ids: Tensor, each: bool = False) -> Tensor:
         """Add the noise to draft logits.
 
         Args:
             logits_BMV: float [B, M, Vd], behind nodes.
             depth: of the nodes; 0 is the root. All M have it.
-            ids_V: int64 [Vd], the target id of each draft id.
-            each: the m-th of the M has the depth ``depth + m`` instead.
+            ids: int64, the target id of each of the Vd: [Vd] or, where each node has its own Vd candidates, [B, M, Vd].
+            each: the m-th of the M has the depth ``depth + m`` instead. Its ``ids`` are [Vd].
 
         Returns:
             float32 [B, M, Vd], in the unit of the logits: at a temperature close to 0 they are the same.
         """
         count = logits_BMV.shape[1] if each else 1
         keys_BP = keys_behind(self.keys_B, self.first_B + depth, count)
-        at_once = max(1, _PART // (len(keys_BP) * len(ids_V)))
-        noise_BPV = torch.cat([_gumbel(part, ids_V) for part in keys_BP.split(at_once, dim=1)], dim=1)
+        at_once = max(1, _PART // (len(keys_BP) * ids.shape[-1]))
+        noise_BPV = torch.cat([_gumbel(part, ids) for part in keys_BP.split(at_once, dim=1)], dim=1)
         return (self.processed(logits_BMV.float()) + NOISE_SHARE * noise_BPV) * self.temperature
 
     def select_rows(self, rows_B: Tensor) -> SharedNoise:
@@ -258,9 +258,9 @@ def _negative_times(keys: Tensor, vocab_size: int) -> Tensor:
     return _multiples(keys_below(keys, vocab_size), -_SPACING).log1p_()
 
 
-def _gumbel(keys: Tensor, ids_V: Tensor) -> Tensor:
+def _gumbel(keys: Tensor, ids: Tensor) -> Tensor:
     """The Gumbel noise of some tokens under keys, float32 [..., Vd]: the logarithms of their waiting times below 0."""
-    return _multiples(keys_at(keys[..., None], ids_V), -_SPACING).log1p_().neg_().log_().neg_().float()
+    return _multiples(keys_at(keys[..., None], ids), -_SPACING).log1p_().neg_().log_().neg_().float()
 
 
 def _first_to_ring(weights: Tensor, negative_times: Tensor) -> Tensor:

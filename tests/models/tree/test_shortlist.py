@@ -8,6 +8,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 
+from draftsmith.decode.sampling import GenerationSettings, process
 from draftsmith.models import Drafter, DraftLimits, DraftTree, EarlyStop, Target
 from draftsmith.models.composed.refined_drafter import RefinedConfig, RefinedDrafter
 from draftsmith.models.composed.revisers import NgramReviser
@@ -26,7 +28,7 @@ from draftsmith.models.families.block import BlockDrafter
 from draftsmith.models.families.eagle3 import Eagle3
 from draftsmith.models.families.heads import HeadsDrafter
 from draftsmith.models.ngrams.kneser_ney import kneser_ney
-from draftsmith.models.tree.noise import SharedNoise
+from draftsmith.models.tree.noise import SharedNoise, request_keys
 from draftsmith.models.tree.search import search
 from draftsmith.models.tree.shortlist import Shortlist, shortlist_of
 
@@ -139,9 +141,14 @@ def shaken(drafter: Drafter) -> Drafter:
     return drafter.eval()
 
 
-def drafted(target: Target, drafter: Drafter, limits: DraftLimits) -> DraftTree:
+def drafted(target: Target, drafter: Drafter, limits: DraftLimits, temperature: float = 0.0) -> DraftTree:
     """One draft behind a text; only the draft itself is counted by the caller."""
     state, cycle = begun(target, drafter, limits)
+    if temperature:
+        request = GenerationSettings(temperature=temperature, top_k=12)
+        keys_B = request_keys(3, [0], "choices", torch.device("cpu"))
+        noise = SharedNoise(keys_B, torch.tensor([4]), temperature, lambda logits: process(logits, request))
+        cycle = replace(cycle, temperature=temperature, noise=noise)
     return drafter.propose(state, cycle, limits)
 
 
@@ -236,20 +243,21 @@ def refined(target: Target, kind: str, num_candidates: int) -> RefinedDrafter:
     return drafter.eval().bound(target.ends)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
 @pytest.mark.parametrize("num_candidates", [16, 30])
 @pytest.mark.parametrize("kind", ["none", "heads", "p-eagle", "vanilla", "recurrent"])
 @torch.no_grad()
 def test_a_refined_head_gives_the_tree_of_the_whole_vocabulary_and_never_scores_it_at_each_node(
-    target: Target, kind: str, num_candidates: int, monkeypatch: pytest.MonkeyPatch
+    target: Target, kind: str, num_candidates: int, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drafter, limits = refined(target, kind, num_candidates), DraftLimits(24, STEPS, node_budget=40)
     with LargestTensor() as short:
-        drafted(target, drafter, limits)
+        drafted(target, drafter, limits, temperature)
     assert short.most < 24 * V
     monkeypatch.setattr("draftsmith.models.drafters.parallel_draft.FEWEST", V)
-    tree = drafted(target, drafter, limits)
+    tree = drafted(target, drafter, limits, temperature)
     with whole_vocabulary(monkeypatch), LargestTensor() as whole:
-        same = drafted(target, drafter, limits)
+        same = drafted(target, drafter, limits, temperature)
     assert whole.most >= 24 * V, "the count would see such a tensor"
     assert paths_of(tree) == paths_of(same)
     torch.testing.assert_close(tree.scores_BN, same.scores_BN, rtol=1e-4, atol=1e-4)
