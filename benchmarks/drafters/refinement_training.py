@@ -87,7 +87,8 @@ def made(plan: Plan) -> Made:
         )
     heads = {}
     for name, correction in CORRECTIONS.items():
-        options = {"num_draft_layers": plan.draft_layers, "correction": correction, "correction_rank": RANK}
+        rank = {} if correction == "none" else {"correction_rank": RANK}
+        options = {"num_draft_layers": plan.draft_layers, "correction": correction, **rank}
         recipe = replace(ALL_RECIPES["block"], options=options)
         out = plan.work / f"head-{correction}"
         print(f"{name}: {train(recipe, plan.target, caches['cache'], out, seconds=plan.seconds)}", flush=True)

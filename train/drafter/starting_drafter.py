@@ -6,6 +6,7 @@ Does not know: losses, batches, how an adapter's folder is laid out.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from draftsmith.models.target.target import TargetEnds
 
 __all__ = ["LoraSettings", "StartingDrafter"]
 
+_LOG = logging.getLogger(__name__)
 ADAPTER = "lora"  # what the adapter in training is called in memory
 
 
@@ -174,4 +176,22 @@ def adopt(folder: Path, family: DrafterFamily, ends: TargetEnds, tokenizer: str,
     drafter.attach(ends)
     drafter.check_tokenizer(tokenizer)
     family.configure(drafter)
+    _say_what_stays(drafter, family, folder)
     return drafter.train()
+
+
+def _say_what_stays(drafter: Drafter, family: DrafterFamily, folder: Path) -> None:
+    """Say which settings of the run's family the loaded drafter has otherwise: its shape stays."""
+    own = drafter.config.to_dict()
+    asked = {name: getattr(family, name, None) for name in own}
+    differing = [name for name, value in asked.items() if value is not None and _plain(value) != _plain(own[name])]
+    if differing:
+        stays = ", ".join(f"{name} {own[name]!r:.80} (the run says {asked[name]!r:.80})" for name in sorted(differing))
+        _LOG.warning(
+            "init_from %s keeps its own shape, and these settings of the run's family are not used: %s", folder, stays
+        )
+
+
+def _plain(value: Any) -> Any:
+    """Lists and tuples alike."""
+    return list(value) if isinstance(value, tuple) else value

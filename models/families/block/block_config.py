@@ -17,6 +17,8 @@ from draftsmith.models.files.field_rules import COUNT, COUNT_OR_NULL, FLAG, NAME
 
 CANDIDATES = 16
 """Tokens of a slot that DFlash 2's selector chooses among, as public drafters have it."""
+CORRECTION_RANK, CORRECTION_STATE = 256, 1024
+"""Default sizes of a correction."""
 
 
 class BlockConfig(LayerConfig):
@@ -82,8 +84,8 @@ class BlockConfig(LayerConfig):
         sample_from_anchor: bool = False,
         mask_token_id: int | None = None,
         correction: CorrectionKind = "none",
-        correction_rank: int = 256,
-        correction_state: int = 1024,
+        correction_rank: int = CORRECTION_RANK,
+        correction_state: int = CORRECTION_STATE,
         confidence: bool = False,
         confidence_with_markov: bool = True,
         convolution: bool = False,

@@ -5,16 +5,19 @@ Owns both. The drafter is in `block_drafter.py`.
 
 from __future__ import annotations
 
+import logging
 from typing import Literal
 
 from torch import Tensor
 
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.family import About, DrafterFamily, Family
-from draftsmith.models.families.block.block_config import CANDIDATES, BlockConfig
+from draftsmith.models.families.block.block_config import CANDIDATES, CORRECTION_RANK, CORRECTION_STATE, BlockConfig
 from draftsmith.models.families.block.block_correction import CorrectionKind
 from draftsmith.models.families.block.block_drafter import BlockDrafter
 from draftsmith.models.target.target import TargetEnds
+
+_LOG = logging.getLogger(__name__)
 
 
 class BlockFamily(DrafterFamily):
@@ -56,8 +59,8 @@ class BlockFamily(DrafterFamily):
         sample_from_anchor: bool = False,
         mask_token_id: int | None = None,
         correction: CorrectionKind = "none",
-        correction_rank: int = 256,
-        correction_state: int = 1024,
+        correction_rank: int = CORRECTION_RANK,
+        correction_state: int = CORRECTION_STATE,
         draft_vocab_size: int | None = None,
         recompute: bool = False,
         confidence: bool = False,
@@ -83,11 +86,12 @@ class BlockFamily(DrafterFamily):
         Raises:
             ValueError: sizes that do not fit the target.
         """
+        self._say_what_is_unused()
         drafter = BlockDrafter.for_target(
             ends,
             layers=self.layers,
             num_draft_layers=self.num_draft_layers,
-            causal=self.mask == "causal",
+            causal=self.causal,
             sample_from_anchor=self.sample_from_anchor,
             mask_token_id=self.mask_token_id,
             correction=self.correction,
@@ -106,6 +110,21 @@ class BlockFamily(DrafterFamily):
         )
         self.configure(drafter)
         return drafter
+
+    @property
+    def causal(self) -> bool:
+        """Whether a slot sees only those before it."""
+        return self.mask == "causal"
+
+    def _say_what_is_unused(self) -> None:
+        """Say which sizes of a correction belong to another kind of it."""
+        unused = []
+        if self.correction == "none" and self.correction_rank != CORRECTION_RANK:
+            unused.append(f"correction_rank {self.correction_rank}")
+        if self.correction != "gru" and self.correction_state != CORRECTION_STATE:
+            unused.append(f"correction_state {self.correction_state}")
+        if unused:
+            _LOG.warning("%s: not used, for correction %r has no such size", " and ".join(unused), self.correction)
 
     def configure(self, drafter: Drafter) -> None:
         """See DrafterFamily.configure."""

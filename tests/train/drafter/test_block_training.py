@@ -14,6 +14,7 @@ from draftsmith.models.families.block import BlockFamily
 from draftsmith.models.target.target import PRE_NORM, TargetEnds
 from draftsmith.train.batches.data_module import CacheDataModule
 from draftsmith.train.drafter.objective import Objective
+from draftsmith.train.drafter.starting_drafter import adopt
 from draftsmith.train.drafter_callbacks.keep_best_drafter import KeepBestDrafter
 from draftsmith.train.drafter_callbacks.tree_decode_validation import TreeDecodeValidation
 
@@ -127,3 +128,35 @@ def test_every_anchor_is_learned_from_where_no_number_is_given() -> None:
     assert torch.equal(Objective(2).rollout(text(10)).anchors, data_rollout(text(10), 2).anchors)
     with pytest.raises(ValueError, match="max_anchors is 0; it must be at least 1, or null"):
         replace(Objective(2), max_anchors=0)
+
+
+def test_a_run_says_which_settings_the_drafter_of_init_from_has_otherwise(
+    target_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ends = TargetEnds.load(str(target_dir))
+    trained = BlockFamily(layers=LAYERS, mask="causal", num_draft_layers=2)
+    trained.build(ends, None, 3, "").save_pretrained(tmp_path)
+    adopt(tmp_path, trained, ends, "")
+    assert not caplog.text
+    adopt(tmp_path, BlockFamily(), ends, "")
+    assert "keeps its own shape" in caplog.text
+    assert "causal True (the run says False), num_draft_layers 2 (the run says 1)" in caplog.text
+    assert "layers [" not in caplog.text, "the run leaves them to the drafter"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"correction_rank": 32}, "correction_rank 32: not used, for correction 'none' has no such size"),
+        (
+            {"correction": "vanilla", "correction_state": 8},
+            "correction_state 8: not used, for correction 'vanilla' has no such size",
+        ),
+        ({"correction": "gru", "correction_rank": 4, "correction_state": 8}, ""),
+    ],
+)
+def test_a_size_of_another_correction_is_said_to_be_unused(
+    target_dir: Path, caplog: pytest.LogCaptureFixture, settings: dict[str, Any], said: str
+) -> None:
+    BlockFamily(layers=LAYERS, **settings).build(TargetEnds.load(str(target_dir)), None, 3, "")
+    assert said in caplog.text if said else not caplog.text
