@@ -31,14 +31,14 @@ from draftsmith.models.tree.shapes import parse_shape
 WALK = "likeliest tokens, dynamic tree"
 RULES = {
     "likeliest tokens, chain": {6: "1x6l", 12: "1x12l"},
-    WALK: {6: "6x4n6l", 12: "10x4n12l", 24: "10x5n24l"},
+    WALK: {6: "6x4n6l", 12: "10x4n12l", 24: "10x5n24l", 60: "20x8n60l"},
     "guesses, chain": {6: "1x6", 12: "1x12"},
-    "guesses, dynamic tree": {6: "6x4n6", 12: "10x4n12", 24: "10x5n24"},
-    "p/q, sampled chain": {6: "s1.1.1.1.1.1", 12: "s" + ".".join("1" * 12)},
-    "block verification": {6: "b1.1.1.1.1.1", 12: "b" + ".".join("1" * 12)},
-    "MCSD": {6: "s2.1.1", 12: "s3.1.1.1", 24: "s6.1.1.1"},
-    "MCSD, shallow": {6: "s3.1", 12: "s4.1.1", 24: "s8.1.1"},
-    "K-SEQ": {6: "k2.1.1", 12: "k3.1.1.1", 24: "k6.1.1.1"},
+    "guesses, dynamic tree": {6: "6x4n6", 12: "10x4n12", 24: "10x5n24", 60: "20x8n60"},
+    "p/q, sampled chain": {length: "s" + ".".join("1" * length) for length in (6, 12, 24)},
+    "block verification": {length: "b" + ".".join("1" * length) for length in (6, 12, 24)},
+    "MCSD": {6: "s2.1.1", 12: "s3.1.1.1", 24: "s6.1.1.1", 60: "s12.1.1.1.1"},
+    "MCSD, shallow": {6: "s3.1", 12: "s4.1.1", 24: "s8.1.1", 60: "s20.1.1"},
+    "K-SEQ": {6: "k2.1.1", 12: "k3.1.1.1", 24: "k6.1.1.1", 60: "k12.1.1.1.1"},
 }
 """A shape for each rule and number of drafted nodes."""
 
