@@ -184,7 +184,7 @@ def _say_what_stays(drafter: Drafter, family: DrafterFamily, folder: Path) -> No
     """Say which settings of the run's family the loaded drafter has otherwise: its shape stays."""
     own = drafter.config.to_dict()
     asked = {name: getattr(family, name, None) for name in own}
-    differing = [name for name, value in asked.items() if value is not None and _plain(value) != _plain(own[name])]
+    differing = [name for name, value in asked.items() if value is not None and not _same(value, own[name])]
     if differing:
         stays = ", ".join(f"{name} {own[name]!r:.80} (the run says {asked[name]!r:.80})" for name in sorted(differing))
         _LOG.warning(
@@ -192,6 +192,8 @@ def _say_what_stays(drafter: Drafter, family: DrafterFamily, folder: Path) -> No
         )
 
 
-def _plain(value: Any) -> Any:
-    """Lists and tuples alike."""
-    return list(value) if isinstance(value, tuple) else value
+def _same(asked: Any, own: Any) -> bool:
+    """Whether a config has what a setting asks for; a part that is switched on has a config of its own there."""
+    if isinstance(asked, bool):
+        return asked == bool(own)
+    return bool(asked == own) or (isinstance(asked, tuple) and list(asked) == own)

@@ -1,6 +1,7 @@
 """What every family promises: training and decoding agree, tokens stay the target's, and folders are read back whole or not at all."""
 
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from draftsmith.models.drafters.drafter_folder import load_drafter
 from draftsmith.models.drafters.registry import default_limits, recorded_settings
 from draftsmith.models.lora.lora_adapter import LoraSettings, add_adapter
 from draftsmith.train.drafter.objective import Objective, inverse_draft_ids, path_teacher_rows, prepare, run
+from draftsmith.train.drafter.starting_drafter import adopt
 from draftsmith.train.losses.eager import head_cross_entropy_eager
 
 STEPS = 3
@@ -39,6 +41,17 @@ def test_decoding_has_the_logits_of_training_at_every_step(family: Family, targe
     served = served_logits(drafter, batch, roots, STEPS)
     assert trained.shape == (3, STEPS, len(DRAFT_IDS))
     assert_equal_logits(served, trained)
+
+
+@every_family
+def test_a_run_of_the_same_settings_has_nothing_to_say_of_the_drafter_that_it_starts_from(
+    family: Family, target: Target, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    switched_on = {"prefix_layer": True} if "prefix_layer" in signature(family.settings).parameters else {}
+    for settings in (family.settings(), family.settings(**switched_on)):
+        settings.build(target.ends, None, STEPS, "").save_pretrained(tmp_path)
+        adopt(tmp_path, settings, target.ends, "")
+    assert "not used" not in caplog.text
 
 
 @every_family
